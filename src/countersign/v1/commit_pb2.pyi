@@ -93,6 +93,7 @@ class Opened(_message.Message):
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     OPENED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    SALT_KEY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     weights_sha256: _builtins.bytes
@@ -105,6 +106,8 @@ class Opened(_message.Message):
     """Who asked; salts the KV keys."""
     opened_unix_ms: _builtins.int
     """Unix time in milliseconds at which the router took the request."""
+    salt_key: _builtins.bytes
+    """32 random bytes: the key of the salts in the receipt's digests and token leaves. The log holds it, the receipt does not."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt as the target sees it."""
@@ -124,10 +127,11 @@ class Opened(_message.Message):
         deadline_unix_ms: _builtins.int = ...,
         tenant: _builtins.str = ...,
         opened_unix_ms: _builtins.int = ...,
+        salt_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_unix_ms", b"deadline_unix_ms", "drafting", b"drafting", "model", b"model", "opened_unix_ms", b"opened_unix_ms", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "tenant", b"tenant", "weights_sha256", b"weights_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_unix_ms", b"deadline_unix_ms", "drafting", b"drafting", "model", b"model", "opened_unix_ms", b"opened_unix_ms", "prompt_token_ids", b"prompt_token_ids", "salt_key", b"salt_key", "sampling", b"sampling", "tenant", b"tenant", "weights_sha256", b"weights_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
