@@ -1,0 +1,128 @@
+"""Proposes tokens with the draft model. Blocking; one thread calls it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
+from countersign.services.engine.model import Model, Span
+from countersign.services.engine.sampling import Sampling, sample_rows
+
+PREFILL_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A sequence to continue: ``tokens`` are those from ``base`` on; ``count`` proposals at most."""
+
+    request_id: str
+    base: int
+    tokens: tuple[int, ...]
+    count: int
+    sampling: Sampling
+
+
+@dataclass(slots=True)
+class Held:
+    """What the draft holds of a request: its tokens, and their KV but for the last ones."""
+
+    sequence: CachedSequence
+    tokens: list[int] = field(default_factory=list)
+
+
+class Proposer:
+    """The draft's sequences, least recently asked first, over one paged cache."""
+
+    def __init__(self, model: Model, cache: PagedCache) -> None:
+        self._model = model
+        self._cache = cache
+        self._held: OrderedDict[str, Held] = OrderedDict()
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences held."""
+        return len(self._held)
+
+    def forget(self, request_id: str) -> None:
+        """Drop a sequence; unknown ones are fine."""
+        held = self._held.pop(request_id, None)
+        if held is not None:
+            held.sequence.close()
+
+    def propose(self, asks: Sequence[Ask]) -> list[tuple[int, ...] | int]:
+        """One result an ask: the proposed tokens, or (an int) how many tokens are held when ``base`` is beyond them.
+
+        A batch of one forward pass a proposed position. The noise is the target's own, at the absolute position of
+        each proposed token, so that a draft that agrees with the target's logits proposes its very samples.
+        """
+        results: list[tuple[int, ...] | int] = [self._reconcile(ask) for ask in asks]
+        live = [(i, ask) for i, ask in enumerate(asks) if not isinstance(results[i], int)]
+        drafted: dict[int, list[int]] = {i: [] for i, _ in live}
+        while live:
+            live = self._fitting([(i, ask) for i, ask in live if len(drafted[i]) < ask.count])
+            for (i, _), token in zip(live, self._next([ask for _, ask in live]), strict=True):
+                drafted[i].append(token)
+        return [tuple(drafted[i]) if i in drafted else result for i, result in enumerate(results)]
+
+    def _reconcile(self, ask: Ask) -> tuple[int, ...] | int:
+        """Make the held tokens those asked for, keeping the KV of the part that agrees."""
+        held = self._held.get(ask.request_id)
+        if held is None:
+            if ask.base > 0:
+                return 0
+            held = self._held[ask.request_id] = Held(self._cache.sequence())
+        self._held.move_to_end(ask.request_id)
+        if ask.base > len(held.tokens):
+            return len(held.tokens)
+        tokens = [*held.tokens[: ask.base], *ask.tokens]
+        if len(tokens) + ask.count > self._model.config.context_length or not tokens:
+            return len(held.tokens)
+        agree = ask.base + _common(held.tokens[ask.base :], ask.tokens)
+        # The last token is always fed again: its logits are what the first proposal is drawn from.
+        held.sequence.truncate(min(held.sequence.length, agree, len(tokens) - 1))
+        held.tokens = tokens
+        return ()
+
+    def _next(self, asks: Sequence[Ask]) -> list[int]:
+        """Feed what is not in the cache yet and draw one token for each."""
+        if not asks:
+            return []
+        rows = []
+        spans = []
+        for ask in asks:
+            held = self._held[ask.request_id]
+            while len(held.tokens) - held.sequence.length > PREFILL_ROWS:
+                start = held.sequence.length
+                self._model.forward(self._cache, [Span(held.sequence, held.tokens[start : start + PREFILL_ROWS], 0)])
+            spans.append(Span(held.sequence, held.tokens[held.sequence.length :], 1))
+            rows.append((len(held.tokens), ask.sampling))
+        logits = self._model.forward(self._cache, spans)
+        tokens = sample_rows(logits, [position for position, _ in rows], [sampling for _, sampling in rows])
+        for ask, token in zip(asks, tokens, strict=True):
+            self._held[ask.request_id].tokens.append(token)
+        return list(tokens)
+
+    def _fitting(self, live: list[tuple[int, Ask]]) -> list[tuple[int, Ask]]:
+        """Those whose next tokens fit the cache, after dropping the sequences asked for longest ago."""
+        asked = {ask.request_id for _, ask in live}
+        fitting, need = [], 0
+        for i, ask in live:
+            held = self._held[ask.request_id]
+            need += len(held.tokens) - held.sequence.length + PAGE_TOKENS
+            while self._cache.free_tokens < need:
+                stale = next((name for name in self._held if name not in asked), None)
+                if stale is None:
+                    return fitting
+                self.forget(stale)
+            fitting.append((i, ask))
+        return fitting
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+

@@ -1,0 +1,96 @@
+"""The draft service: one model, one thread, proposals for a batch at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from countersign.services.draft.proposer import Ask, Proposer
+from countersign.services.engine.sampling import Sampling
+from countersign.services.runtime.errors import InvalidArgument
+from countersign.services.runtime.service import Call, Context
+from countersign.v1 import draft_pb2
+from countersign.v1.draft_pb2 import (
+    ForgetRequest,
+    ForgetResponse,
+    MissingPrefix,
+    Proposal,
+    ProposedTokens,
+    ProposeRequest,
+    ProposeResponse,
+)
+from countersign.v1.registry_pb2 import Instance
+
+MAX_COUNT = 64
+
+
+class DraftService:
+    """Handlers over a ``Proposer``. Calls wait for the one thread that runs the model."""
+
+    descriptor: ServiceDescriptor = draft_pb2.DESCRIPTOR.services_by_name["DraftService"]
+
+    def __init__(self, proposer: Proposer, vocabulary_size: int) -> None:
+        self._proposer = proposer
+        self._vocabulary_size = vocabulary_size
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def describe(self, instance: Instance) -> None:
+        instance.active_requests = self._proposer.sequences
+
+    async def Propose(self, request: ProposeRequest, call: Call) -> ProposeResponse:
+        """Raises InvalidArgument for ids beyond the vocabulary, repeated requests and counts beyond 64."""
+        asks = [self._ask(sequence) for sequence in request.sequences]
+        if len({ask.request_id for ask in asks}) != len(asks):
+            raise InvalidArgument("Propose names a request twice", help="send each sequence once a batch")
+        loop = asyncio.get_running_loop()
+        results = await loop.run_in_executor(self._thread, self._proposer.propose, asks)
+        response = ProposeResponse()
+        for ask, result in zip(asks, results, strict=True):
+            if isinstance(result, int):
+                proposal = Proposal(request_id=ask.request_id, missing=MissingPrefix(held=result))
+            else:
+                proposal = Proposal(request_id=ask.request_id, tokens=ProposedTokens(ids=result))
+            response.proposals.append(proposal)
+        return response
+
+    async def Forget(self, request: ForgetRequest, call: Call) -> ForgetResponse:
+        loop = asyncio.get_running_loop()
+        for request_id in request.request_ids:
+            await loop.run_in_executor(self._thread, self._proposer.forget, request_id)
+        return ForgetResponse()
+
+    def _ask(self, sequence: draft_pb2.DraftSequence) -> Ask:
+        if sequence.count > MAX_COUNT:
+            raise InvalidArgument(f"Propose asks for {sequence.count} tokens", help=f"ask for at most {MAX_COUNT}")
+        if any(token >= self._vocabulary_size for token in sequence.token_ids):
+            raise InvalidArgument(
+                f"Propose has a token id beyond the draft's vocabulary of {self._vocabulary_size}",
+                reason="TOKEN_OUT_OF_VOCABULARY",
+                help="draft and target must share one tokenizer",
+            )
+        params = sequence.sampling
+        top_p = params.top_p if params.HasField("top_p") else 1.0
+        sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=top_p, seed=params.seed)
+        return Ask(sequence.request_id, sequence.base, tuple(sequence.token_ids), sequence.count, sampling)
+
+
+async def create(context: Context) -> DraftService:
+    """Load the draft model of ``draft.model`` (raises CheckpointError when the folder is not understood)."""
+    import torch
+
+    from countersign.services.engine.kv import PagedCache
+    from countersign.services.engine.model import load_model
+
+    config = context.config.draft
+    torch.set_num_threads(config.threads)
+    model = load_model(config.model_folder, dtype=config.dtype)
+    cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
+    return DraftService(Proposer(model, cache), model.config.vocabulary_size)

@@ -1,0 +1,53 @@
+"""The output tokens of a log, as a persistent sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Tokens:
+    """Token ids and, for each, whether the draft had proposed it. Never changes: ``extended`` gives a new one.
+
+    All versions of one log share one buffer and differ in how much of it they see, so that a log of n tokens costs O(n)
+    and not O(n^2). Extending an older version once more copies it. Not safe across threads.
+    """
+
+    __slots__ = ("_ids", "_length", "_proposed")
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._proposed = bytearray()
+        self._length = 0
+
+    def extended(self, token_ids: Sequence[int], accepted: int) -> Tokens:
+        """These tokens and ``token_ids`` after them, the first ``accepted`` of which the draft had proposed."""
+        longer = Tokens()
+        longer._ids, longer._proposed = self._ids, self._proposed
+        if len(self._ids) != self._length:
+            longer._ids, longer._proposed = self._ids[: self._length], self._proposed[: self._length]
+        longer._ids.extend(token_ids)
+        longer._proposed.extend(b"\1" * accepted + b"\0" * (len(token_ids) - accepted))
+        longer._length = self._length + len(token_ids)
+        return longer
+
+    def ids(self, start: int = 0) -> tuple[int, ...]:
+        """Token ids from position ``start`` on."""
+        return tuple(self._ids[start : self._length])
+
+    def proposed(self, start: int = 0) -> tuple[bool, ...]:
+        """Whether the draft had proposed each token from position ``start`` on."""
+        return tuple(map(bool, self._proposed[start : self._length]))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tokens):
+            return NotImplemented
+        return self.ids() == other.ids() and self.proposed() == other.proposed()
+
+    def __hash__(self) -> int:
+        return hash((self.ids(), self.proposed()))
+
+    def __repr__(self) -> str:
+        return f"Tokens({list(self.ids())})"

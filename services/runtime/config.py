@@ -1,0 +1,195 @@
+"""What a deployment can choose: one frozen tree, read from a file, the environment and flags, later ones winning.
+
+    defaults  <  TOML file  <  COUNTERSIGN_TARGET__DTYPE=bf16  <  --set target.dtype=bf16
+
+The bounds are part of the types. An unknown key is refused with the nearest right one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from countersign.services.runtime.layers import ConfigError, Layer, environment_layer, file_layer, flag_layer, merge
+
+__all__ = [
+    "AuditorConfig",
+    "Config",
+    "ConfigError",
+    "DraftConfig",
+    "KvConfig",
+    "NatsConfig",
+    "RouterConfig",
+    "TargetConfig",
+    "TelemetryConfig",
+    "TokenizerConfig",
+    "dump",
+    "load",
+]
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e10)]
+Milliseconds = Annotated[int, msgspec.Meta(ge=1, le=0xFFFF_FFFF)]
+Dtype = Literal["fp32", "bf16"]
+# host:port, as `127.0.0.1:7411`, `[::1]:7411` or `:7411`; port 0 takes a free one.
+Listen = Annotated[str, msgspec.Meta(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]*):[0-9]{1,5}$")]
+# Empty, or one or more comma-separated servers.
+NatsUrl = Annotated[str, msgspec.Meta(pattern=r"^$|^(nats|tls|ws|wss)://[^\s,]+(,(nats|tls|ws|wss)://[^\s,]+)*$")]
+
+_LOCAL = "127.0.0.1:0"
+_DEMO_TARGET = Path("infra/models/demo-target")
+_DEMO_DRAFT = Path("infra/models/demo-draft")
+
+
+@dataclass(frozen=True, slots=True)
+class NatsConfig:
+    """The message bus and its streams."""
+
+    url: NatsUrl = ""  # empty: a server of our own on `port`
+    port: Port = 0  # 0: a free one
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
+    commit_retention_s: Seconds = 86_400.0  # how long a request's log is kept
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """The front door."""
+
+    listen: Listen = "127.0.0.1:7411"
+    max_requests: Count = 256  # at once; more are refused
+    default_timeout_ms: Milliseconds = 120_000
+    max_timeout_ms: Milliseconds = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """Text to tokens and back."""
+
+    listen: Listen = _LOCAL
+    model: Path = _DEMO_TARGET  # folder with tokenizer.json
+
+
+@dataclass(frozen=True, slots=True)
+class DraftConfig:
+    """The small model that proposes."""
+
+    listen: Listen = _LOCAL
+    enabled: bool = True
+    model: Path = _DEMO_DRAFT
+    dtype: Dtype = "fp32"
+    threads: Count = 1
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4  # proposals a round
+    cache_tokens: Count = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class TargetConfig:
+    """The large model that countersigns."""
+
+    listen: Listen = _LOCAL
+    model: Path = _DEMO_TARGET
+    dtype: Dtype = "fp32"
+    threads: Count = 2
+    cache_tokens: Count = 65_536
+    max_sequences: Count = 64
+    prefill_chunk: Count = 256  # prompt tokens a forward pass
+    kv_store: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class KvConfig:
+    """The store of KV blocks."""
+
+    listen: Listen = _LOCAL
+    capacity_bytes: Count = 268_435_456
+
+
+@dataclass(frozen=True, slots=True)
+class AuditorConfig:
+    """Checks receipts."""
+
+    listen: Listen = _LOCAL
+    model: Path = _DEMO_TARGET  # the reference weights
+    threads: Count = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryConfig:
+    """Where traces go."""
+
+    otlp_endpoint: str = ""  # http://host:4317; empty: nowhere
+    service_namespace: str = "countersign"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole deployment."""
+
+    data_dir: Path = Path(".countersign")
+    nats: NatsConfig = field(default_factory=NatsConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    kv: KvConfig = field(default_factory=KvConfig)
+    auditor: AuditorConfig = field(default_factory=AuditorConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+
+def load(file: Path | None, environ: Mapping[str, str], overrides: Sequence[str]) -> Config:
+    """The configuration that the layers make together; its paths are absolute.
+
+    A file that `dump` wrote is final: the environment was part of it and is not read again. Relative model folders are
+    looked for below the current folder, then below the checkout that this package runs from.
+
+    Args:
+        file: TOML, or what `dump` wrote; None for no file.
+        environ: such as ``os.environ``; only names that start with ``COUNTERSIGN_`` are read.
+        overrides: flags such as ``target.dtype=bf16``.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key, or a value that its key does not allow.
+    """
+    base = file_layer(file) if file is not None else Layer("defaults", {}, final=False)
+    layers = [base]
+    if not base.final:
+        layers += environment_layer(environ)
+    layers += flag_layer(overrides)
+    tree = merge(Config, layers)
+    try:
+        return _resolved(msgspec.convert(tree, Config, strict=False, dec_hook=_decode_path))
+    except msgspec.ValidationError as error:
+        raise ConfigError.of_value(str(error), tree, layers) from None
+
+
+def dump(config: Config) -> str:
+    """JSON that `load` reads back to an equal configuration: how a parent hands it to its child processes."""
+    tree = {"resolved": True, **msgspec.to_builtins(config, enc_hook=str)}
+    return msgspec.json.format(msgspec.json.encode(tree), indent=2).decode() + "\n"
+
+
+def _decode_path(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str) and value and "\0" not in value:
+        return Path(value)
+    raise msgspec.ValidationError("Expected a path")
+
+
+def _resolved(config: Config) -> Config:
+    services = {
+        name: dataclasses.replace(part, model=_resolve_model(part.model))
+        for name, part in (("tokenizer", config.tokenizer), ("target", config.target), ("auditor", config.auditor))
+    }
+    draft = dataclasses.replace(config.draft, model=_resolve_model(config.draft.model))
+    return dataclasses.replace(config, data_dir=config.data_dir.expanduser().absolute(), draft=draft, **services)
+
+
+def _resolve_model(folder: Path) -> Path:
+    here = folder.expanduser().absolute()
+    checkout = Path(__file__).resolve().parents[2] / folder
+    return checkout if not here.exists() and checkout.exists() else here

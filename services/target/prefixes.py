@@ -1,0 +1,118 @@
+"""Reads and writes KV blocks at the kv service. Whatever goes wrong there costs a recompute only."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+
+from countersign.services.protocol.cache import BLOCK_TOKENS, block_key, root_key
+from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.errors import CountersignError
+from countersign.services.runtime.rpc import Channel
+from countersign.v1.kv_pb2 import (
+    BlockId,
+    GetRequest,
+    GetResponse,
+    LookupRequest,
+    LookupResponse,
+    PutRequest,
+    PutResponse,
+    ReleaseRequest,
+    ReleaseResponse,
+    ReserveRequest,
+    ReserveResponse,
+)
+
+CALL_TIMEOUT_S = 0.5
+DATA_TIMEOUT_S = 5.0
+TTL_MS = 10_000
+MAX_KEYS = 512
+
+
+class Prefixes:
+    """The kv service as one target sees it; ``holder`` is the target's instance."""
+
+    def __init__(self, bus: Bus, holder: str, weights: bytes, cache_format: str, log: logging.Logger) -> None:
+        self._bus = bus
+        self._holder = holder
+        self._weights = weights
+        self._format = cache_format
+        self._log = log
+        self._channels: dict[str, Channel] = {}
+
+    def keys(self, tenant: str, token_ids: Sequence[int]) -> list[bytes]:
+        """The chained keys of the full blocks of a sequence (DESIGN.md section 7)."""
+        key, keys = root_key(self._weights, self._format, tenant), []
+        for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+            key = block_key(key, token_ids[start : start + BLOCK_TOKENS])
+            keys.append(key)
+        return keys[:MAX_KEYS]
+
+    async def fetch(self, request_id: str, keys: Sequence[bytes]) -> list[bytes]:
+        """The data of the longest stored prefix of ``keys``; [] when nothing is stored or the store does not answer."""
+        if not keys:
+            return []
+        holder = f"{self._holder}/{request_id}"
+        try:
+            lookup = LookupRequest(keys=keys, holder=holder, ttl_ms=TTL_MS)
+            found = await self._bus.call("kv", "Lookup", lookup, LookupResponse, timeout=CALL_TIMEOUT_S)
+            if not found.found:
+                return []
+            blocks = await self._get(found.address, holder, keys[: found.found])
+            await self._release(holder)
+        except CountersignError as error:
+            self._log.warning("kv store does not answer, prefilling instead error=%s", error.reason)
+            return []
+        return blocks
+
+    async def store(self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int) -> None:
+        """Put the blocks ``first``, ``first`` + 1, ... of a chain, those that nobody has or writes."""
+        holder = f"{self._holder}/{request_id}"
+        ids = [
+            BlockId(key=keys[i], parent=keys[i - 1] if i else b"", size=len(block))
+            for i, block in enumerate(blocks, first)
+        ]
+        if not ids:
+            return
+        try:
+            request = ReserveRequest(blocks=ids, holder=holder, ttl_ms=TTL_MS)
+            reserved = await self._bus.call("kv", "Reserve", request, ReserveResponse, timeout=CALL_TIMEOUT_S)
+            leased = [(i, lease) for i, lease in enumerate(reserved.leases) if lease]
+            if leased:
+                puts = _puts([(ids[i].key, lease, blocks[i]) for i, lease in leased])
+                channel = self._channel(reserved.address)
+                await channel.put_stream("/countersign.v1.KvService/Put", puts, PutResponse, timeout=DATA_TIMEOUT_S)
+            await self._release(holder)
+        except CountersignError as error:
+            self._log.warning("kv store took nothing error=%s", error.reason)
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def _get(self, address: str, holder: str, keys: Sequence[bytes]) -> list[bytes]:
+        request = GetRequest(keys=keys, holder=holder)
+        channel = self._channel(address)
+        blocks: list[bytes] = []
+        replies = channel.stream("/countersign.v1.KvService/Get", request, GetResponse, timeout=DATA_TIMEOUT_S)
+        async for reply in replies:
+            if reply.key != keys[len(blocks)] or hashlib.sha256(reply.data).digest() != reply.checksum:
+                self._log.error("kv store sent a damaged block, prefilling from there block=%d", len(blocks))
+                break
+            blocks.append(reply.data)
+        return blocks
+
+    async def _release(self, holder: str) -> None:
+        request = ReleaseRequest(holder=holder)
+        await self._bus.call("kv", "Release", request, ReleaseResponse, timeout=CALL_TIMEOUT_S)
+
+    def _channel(self, address: str) -> Channel:
+        if address not in self._channels:
+            self._channels[address] = Channel(address)
+        return self._channels[address]
+
+
+async def _puts(blocks: Sequence[tuple[bytes, int, bytes]]) -> AsyncIterator[PutRequest]:
+    for key, lease, data in blocks:
+        yield PutRequest(key=key, lease=lease, checksum=hashlib.sha256(data).digest(), data=data)

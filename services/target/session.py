@@ -1,0 +1,82 @@
+"""One request as the target works on it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from countersign.services.engine.kv import CachedSequence
+from countersign.services.engine.sampling import Sampling
+from countersign.services.protocol.commit import Writer
+from countersign.services.target.stopping import Stopper
+from countersign.v1.commit_pb2 import Opened
+from countersign.v1.sampling_pb2 import Drafting, FinishReason
+
+# Passes whose records may wait for the log while the next pass runs.
+MAX_UNCOMMITTED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one forward pass of the target gave a request."""
+
+    token_ids: tuple[int, ...]
+    drafted: int
+    accepted: int
+
+
+@dataclass(slots=True)
+class Session:
+    """Tokens sampled so far, the KV of all but the last, and the passes that wait for the log.
+
+    ``tokens`` is prompt and output. ``finish`` is set once the answer's last token is sampled, or when it ends
+    otherwise; the committer then closes the log. ``done`` means that nothing more happens here.
+    """
+
+    request_id: str
+    opened: Opened
+    writer: Writer
+    sequence: CachedSequence
+    sampling: Sampling
+    stopper: Stopper
+    tokens: list[int]
+    cached_tokens: int = 0
+    started_unix_ms: int = 0
+    uncommitted: deque[Pass] = field(default_factory=deque)
+    finish: FinishReason | None = None
+    message: str = ""
+    done: bool = False
+    stored_blocks: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.opened.prompt_token_ids)
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def reserved_tokens(self) -> int:
+        """The most tokens whose KV it may ever hold."""
+        return self.prompt_tokens + self.opened.sampling.max_tokens
+
+    @property
+    def prefilling(self) -> bool:
+        """More than the last token is not in the cache yet."""
+        return self.sequence.length < len(self.tokens) - 1
+
+    @property
+    def runnable(self) -> bool:
+        """The next pass may include it."""
+        return self.finish is None and not self.done and len(self.uncommitted) < MAX_UNCOMMITTED
+
+    @property
+    def drafts(self) -> bool:
+        """It takes proposals."""
+        return self.opened.drafting != Drafting.DRAFTING_OFF
+
+    def end(self, reason: FinishReason, message: str = "") -> None:
+        """The answer ends with what was sampled so far; the first reason stands."""
+        if self.finish is None:
+            self.finish, self.message = reason, message

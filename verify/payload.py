@@ -1,0 +1,133 @@
+"""What a receipt says: the signed payload, a deterministic CBOR map of version 1.
+
+Digests are SHA-256. Prompt and stop strings are signed as salted digests and the output as a Merkle root over salted
+leaves (see ``openings``), so that a receipt without its openings tells sizes and nothing of the content.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+
+from . import cbor
+from .errors import Malformed
+
+Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,200}\Z")]
+RequestId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+UnixMilliseconds = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
+FinishReason = Literal["stop", "length", "deadline", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What answered. ``numerics`` names the arithmetic beyond the dtype, ``build`` the release that ran."""
+
+    name: Name
+    weights: Digest
+    tokenizer: Digest
+    config: Digest
+    dtype: Literal["fp32", "bf16"]
+    numerics: Name
+    build: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked. ``prompt`` and ``stop`` are salted digests; ``seed`` is None where nothing was drawn."""
+
+    prompt: Digest
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+    top_k: Count
+    top_p: Probability
+    seed: Annotated[int, msgspec.Meta(ge=0)] | None
+    seed_source: Literal["client", "beacon", "none"]
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
+    stop_token_ids: Annotated[tuple[Count, ...], msgspec.Meta(max_length=1024)]
+    ignore_eos: bool
+    stop: Digest
+    coupling: Literal["gumbel", "none"]
+    opened_unix_ms: UnixMilliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of output tokens that the client sees, or does not (reasoning)."""
+
+    kind: Literal["visible", "hidden"]
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What was answered: the Merkle root over the token leaves, and how many tokens of which kind, in order."""
+
+    root: Digest
+    tokens: Count
+    hidden: Count
+    visible: Count
+    segments: Annotated[tuple[Segment, ...], msgspec.Meta(max_length=512)]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How it came about. ``commit`` is the SHA-256 of the last commit record before Closed, the ``records``-th."""
+
+    commit: Digest
+    records: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
+    drafting: Literal["off", "model"]
+    drafted: Count
+    accepted: Count
+    passes: Count
+    cached_prompt_tokens: Count
+    kv_policy: Literal["exact"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What it took. ``joules`` is "unavailable" where nothing measures them."""
+
+    started_unix_ms: UnixMilliseconds
+    finished_unix_ms: UnixMilliseconds
+    joules: Annotated[float, msgspec.Meta(ge=0)] | Literal["unavailable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The whole payload."""
+
+    request_id: RequestId
+    model: Model
+    request: Request
+    output: Output
+    evidence: Evidence
+    usage: Usage
+    v: Literal[1] = 1
+
+
+def encode(receipt: Receipt) -> bytes:
+    """The payload's bytes."""
+    return cbor.dumps(dataclasses.asdict(receipt))
+
+
+def decode(data: bytes) -> Receipt:
+    """The receipt that ``data`` encodes.
+
+    Raises:
+        Malformed: not exactly what ``encode`` writes for some receipt: other keys, types, bounds or encoding.
+    """
+    read = cbor.loads(data)
+    try:
+        receipt = msgspec.convert(read, Receipt, strict=True, builtin_types=(bytes,))
+    except msgspec.ValidationError as error:
+        raise Malformed("the payload does not fit the receipt schema", cause=error) from error
+    if encode(receipt) != data:
+        raise Malformed("the payload holds keys or forms of numbers that the receipt schema does not know")
+    return receipt

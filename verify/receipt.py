@@ -1,0 +1,233 @@
+"""Signed receipts: made, read, verified. This is the door to ``payload``, ``openings`` and ``envelope``.
+
+>>> data = sign(receipt, openings, private_key)                # doctest: +SKIP
+>>> signed = ReceiptVerifier([public_key]).form(data)          # doctest: +SKIP
+>>> ReceiptVerifier([public_key]).count(signed).output_token_ids   # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from . import merkle, payload
+from .envelope import MAX_PAYLOAD_BYTES, MAX_RECEIPT_BYTES, Envelope, check_signature, key_id, seal, unseal
+from .errors import Inconsistent, Malformed, NotCheckable, OpeningMismatch, Untrusted
+from .openings import Openings, build_output, prompt_digest, stop_digest, token_leaves
+from .payload import Evidence, Model, Output, Receipt, Request, Segment, Usage
+
+__all__ = [
+    "MAX_RECEIPT_BYTES",
+    "Evidence",
+    "Model",
+    "Openings",
+    "Output",
+    "Receipt",
+    "ReceiptVerifier",
+    "Request",
+    "Segment",
+    "SignedReceipt",
+    "Usage",
+    "build_output",
+    "key_id",
+    "parse",
+    "prompt_digest",
+    "receipt_digest",
+    "sign",
+    "stop_digest",
+    "strip",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SignedReceipt:
+    """A receipt that was read. The type does not say that the signature holds: ``ReceiptVerifier.form`` does."""
+
+    receipt: Receipt
+    openings: Openings | None
+    key_id: bytes
+    digest: bytes
+
+
+class ReceiptVerifier:
+    """All trust rules for receipts, in the order in which they are applied. No input or output, no clock.
+
+    ``form`` (signed by whom we trust, and not nonsense):
+        1. The receipt has at most 16 MiB, its payload at most 64 KiB.
+        2. It is one COSE_Sign1 in deterministic CBOR, nothing before, after or beside it.
+        3. The protected header names EdDSA, the content type of receipts and a key id, and nothing else.
+        4. The payload fits the schema of version 1: all of its keys and no others, types, bounds.
+        5. The claims do not contradict each other: hidden and visible add up, segments too; no more accepted than
+           drafted or answered, no token without a pass, nothing drafted with drafting off; not more tokens than
+           max_tokens, "length" means exactly max_tokens, "stop" at least one token; what is drawn has a seed; nothing
+           finishes before it starts.
+        6. The key id is that of a trusted key.
+        7. That key's signature over protected header and payload holds.
+
+    ``count`` (the answer that is disclosed is the one that was signed and billed):
+        8. Openings are there.
+        9. Prompt and stop strings give the signed salted digests, the prompt has the signed number of tokens.
+        10. The output has the signed number of tokens and gives the signed Merkle root.
+
+    Rules 1 to 5 come before the signature because they need no key, so that nonsense is told apart from an unknown
+    signer. They read only what ``cbor`` has found to be small, shallow and plain.
+    """
+
+    def __init__(self, trusted_keys: Iterable[Ed25519PublicKey]) -> None:
+        self._keys = {key_id(key): key for key in trusted_keys}
+
+    def form(self, data: bytes) -> SignedReceipt:
+        """Rules 1 to 7.
+
+        Raises:
+            NotCheckable: rules 1 to 5 hold and there is no trusted key at all.
+            VerificationError: the rule that is broken.
+        """
+        envelope = unseal(data)  # 1, 2, 3
+        signed = _read(envelope)  # 4
+        self._agreement(signed.receipt)  # 5
+        self._signed_by_trusted_key(envelope)  # 6, 7
+        return signed
+
+    def count(self, signed: SignedReceipt) -> Openings:
+        """Rules 8 to 10; the openings, of which every token is now known to be the signed one.
+
+        Raises:
+            NotCheckable: there are no openings.
+            OpeningMismatch: they are not of what was signed.
+        """
+        receipt, openings = signed.receipt, signed.openings
+        if openings is None:
+            raise NotCheckable("the receipt carries no openings: its tokens are not disclosed")
+        self._request_opens(receipt.request, openings)
+        self._output_opens(receipt, openings)
+        return openings
+
+    def _agreement(self, receipt: Receipt) -> None:
+        for broken, message in (*_output_claims(receipt), *_speed_claims(receipt), *_request_claims(receipt)):
+            if broken:
+                raise Inconsistent(message, request=receipt.request_id)
+
+    def _signed_by_trusted_key(self, envelope: Envelope) -> None:
+        if not self._keys:
+            raise NotCheckable("no trusted key to check the signature with", signer=envelope.key_id)
+        key = self._keys.get(envelope.key_id)
+        if key is None:
+            raise Untrusted(
+                "signed by a key that is not trusted",
+                signer=envelope.key_id,
+                trusted=" ".join(k.hex() for k in self._keys),
+            )
+        check_signature(envelope, key)
+
+    def _request_opens(self, request: Request, openings: Openings) -> None:
+        if len(openings.prompt_token_ids) != request.prompt_tokens:
+            raise OpeningMismatch(
+                "the opened prompt has another length",
+                signed=request.prompt_tokens,
+                opened=len(openings.prompt_token_ids),
+            )
+        prompt = prompt_digest(openings.prompt_token_ids, openings.salt_key)
+        if prompt != request.prompt:
+            raise OpeningMismatch("the opened prompt is not the signed one", signed=request.prompt, opened=prompt)
+        stop = stop_digest(openings.stop, openings.salt_key)
+        if stop != request.stop:
+            raise OpeningMismatch("the opened stop strings are not the signed ones", signed=request.stop, opened=stop)
+
+    def _output_opens(self, receipt: Receipt, openings: Openings) -> None:
+        output, opened = receipt.output, openings.output_token_ids
+        if len(opened) != output.tokens:
+            raise OpeningMismatch("another number of output tokens is opened", signed=output.tokens, opened=len(opened))
+        root = merkle.root(token_leaves(receipt.request_id, opened, openings.salt_key))
+        if root != output.root:
+            raise OpeningMismatch("the opened output is not the signed one", signed=output.root, opened=root)
+
+
+def sign(receipt: Receipt, openings: Openings | None, private_key: Ed25519PrivateKey) -> bytes:
+    """The signed receipt, openings included.
+
+    Raises:
+        VerificationError: the verifier would refuse it; such a receipt is never signed.
+    """
+    verifier = ReceiptVerifier([private_key.public_key()])
+    data = seal(payload.encode(receipt), openings, private_key).encode()
+    signed = verifier.form(data)
+    if openings is not None:
+        verifier.count(signed)
+    return data
+
+
+def parse(data: bytes) -> SignedReceipt:
+    """Reads a receipt and believes nothing: rules 1 to 4.
+
+    Raises:
+        Malformed: it cannot be read.
+    """
+    return _read(unseal(data))
+
+
+def strip(data: bytes) -> bytes:
+    """The same receipt without its openings; the signature stays valid.
+
+    Raises:
+        Malformed: it cannot be read.
+    """
+    return replace(unseal(data), openings=None).encode()
+
+
+def receipt_digest(data: bytes) -> bytes:
+    """SHA-256 (32 bytes) of the receipt without openings, as the Closed record holds it.
+
+    Raises:
+        Malformed: it cannot be read.
+    """
+    return unseal(data).digest()
+
+
+def _read(envelope: Envelope) -> SignedReceipt:
+    if len(envelope.payload) > MAX_PAYLOAD_BYTES:
+        raise Malformed("the payload is larger than any receipt's", size=len(envelope.payload), limit=MAX_PAYLOAD_BYTES)
+    return SignedReceipt(payload.decode(envelope.payload), envelope.openings, envelope.key_id, envelope.digest())
+
+
+def _output_claims(receipt: Receipt) -> tuple[tuple[bool, str], ...]:
+    output, most = receipt.output, receipt.request.max_tokens
+    by_kind = {"hidden": 0, "visible": 0}
+    for segment in output.segments:
+        by_kind[segment.kind] += segment.tokens
+    return (
+        (output.hidden + output.visible != output.tokens, "hidden and visible tokens do not add up to the tokens"),
+        (by_kind != {"hidden": output.hidden, "visible": output.visible}, "the segments do not add up to the counts"),
+        (output.tokens > most, "more tokens than max_tokens"),
+        (output.finish_reason == "length" and output.tokens != most, 'ended by "length" before max_tokens'),
+        (output.finish_reason == "stop" and output.tokens == 0, 'ended by "stop" without a token'),
+    )
+
+
+def _speed_claims(receipt: Receipt) -> tuple[tuple[bool, str], ...]:
+    evidence, tokens = receipt.evidence, receipt.output.tokens
+    return (
+        (evidence.accepted > evidence.drafted, "more tokens accepted than drafted"),
+        (evidence.accepted > tokens, "more tokens accepted than answered"),
+        (tokens > evidence.accepted + evidence.passes, "more tokens than accepted ones and one for each pass"),
+        (evidence.passes > tokens, "more passes than tokens"),
+        (evidence.drafting == "off" and evidence.drafted > 0, "tokens drafted with drafting off"),
+        (evidence.cached_prompt_tokens > receipt.request.prompt_tokens, "more prompt tokens cached than there are"),
+    )
+
+
+def _request_claims(receipt: Receipt) -> tuple[tuple[bool, str], ...]:
+    request, usage = receipt.request, receipt.usage
+    joules = usage.joules
+    return (
+        (request.temperature > 0 and request.seed is None, "tokens were drawn without a seed"),
+        (
+            (request.seed is None) != (request.seed_source == "none"),
+            "a seed without a source, or a source without a seed",
+        ),
+        (isinstance(joules, float) and not math.isfinite(joules), "the energy is not a number"),
+        (usage.finished_unix_ms < usage.started_unix_ms, "finished before it started"),
+    )
