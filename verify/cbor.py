@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import cbor2
 
-from .errors import Malformed
+from countersign.verify.errors import Malformed
 
 MAX_DEPTH = 8
 MAX_ITEMS = 4096

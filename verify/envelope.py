@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cwt import COSE, COSEKey
 from cwt.exceptions import CWTError
 
-from . import cbor
-from .errors import BadSignature, Malformed
-from .openings import Openings, from_cbor, to_cbor
+from countersign.verify import cbor
+from countersign.verify.errors import BadSignature, Malformed
+from countersign.verify.openings import Openings, from_cbor, to_cbor
 
 CONTENT_TYPE = "application/vnd.countersign.receipt+cbor"
 MAX_RECEIPT_BYTES = 16 * 1024 * 1024
@@ -75,8 +75,10 @@ def unseal(data: bytes) -> Envelope:
     Raises:
         Malformed: not a receipt of at most 16 MiB in the one encoding that is allowed.
     """
+    if not data:
+        raise Malformed("there is nothing in it: a receipt has at least some hundred bytes")
     if len(data) > MAX_RECEIPT_BYTES:
-        raise Malformed("larger than any receipt", size=len(data), limit=MAX_RECEIPT_BYTES)
+        raise Malformed("larger than any receipt", limit=MAX_RECEIPT_BYTES)
     match cbor.loads(data, tag=_SIGN1_TAG):
         case [bytes(protected), dict(unprotected), bytes(payload), bytes(signature)]:
             return Envelope(protected, _openings(unprotected), payload, signature, _key_id_in(protected))

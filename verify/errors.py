@@ -51,7 +51,11 @@ class OpeningMismatch(VerificationError):
 
 
 class NotCheckable(VerificationError):
-    pass
+    """``help`` says what whoever audits can do about it."""
+
+    def __init__(self, message: str, *, help: str = "", **evidence: object) -> None:  # noqa: A002  the field's word
+        super().__init__(message, **evidence)
+        self.help = help
 
 
 class KeyFileError(Exception):

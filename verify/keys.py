@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from .envelope import key_id
-from .errors import KeyFileError
+from countersign.verify.envelope import key_id
+from countersign.verify.errors import KeyFileError
 
 MAX_KEY_FILE_BYTES = 4096
 _RAW_SIZE = 32

@@ -21,9 +21,9 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from . import merkle
-from .errors import Malformed
-from .payload import FinishReason, Output, Segment
+from countersign.verify import merkle
+from countersign.verify.errors import Malformed
+from countersign.verify.payload import FinishReason, Output, Segment
 
 SALT_KEY_SIZE = 32
 MAX_STOPS = 256

@@ -12,14 +12,14 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from . import cbor
-from .errors import Malformed
+from countersign.verify import cbor
+from countersign.verify.errors import Malformed
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,200}\Z")]
 RequestId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
-UnixMilliseconds = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+UnixMilliseconds = Annotated[int, msgspec.Meta(ge=0, le=253_402_300_799_999)]  # to the end of the year 9999
 Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
 FinishReason = Literal["stop", "length", "deadline", "cancelled", "error"]
 

@@ -13,11 +13,19 @@ from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from . import merkle, payload
-from .envelope import MAX_PAYLOAD_BYTES, MAX_RECEIPT_BYTES, Envelope, check_signature, key_id, seal, unseal
-from .errors import Inconsistent, Malformed, NotCheckable, OpeningMismatch, Untrusted
-from .openings import Openings, build_output, prompt_digest, stop_digest, token_leaves
-from .payload import Evidence, Model, Output, Receipt, Request, Segment, Usage
+from countersign.verify import merkle, payload
+from countersign.verify.envelope import (
+    MAX_PAYLOAD_BYTES,
+    MAX_RECEIPT_BYTES,
+    Envelope,
+    check_signature,
+    key_id,
+    seal,
+    unseal,
+)
+from countersign.verify.errors import Inconsistent, Malformed, NotCheckable, OpeningMismatch, Untrusted
+from countersign.verify.openings import Openings, build_output, prompt_digest, stop_digest, token_leaves
+from countersign.verify.payload import Evidence, Model, Output, Receipt, Request, Segment, Usage
 
 __all__ = [
     "MAX_RECEIPT_BYTES",
@@ -31,7 +39,9 @@ __all__ = [
     "Segment",
     "SignedReceipt",
     "Usage",
+    "attach",
     "build_output",
+    "disclose",
     "key_id",
     "parse",
     "prompt_digest",
@@ -101,7 +111,10 @@ class ReceiptVerifier:
         """
         receipt, openings = signed.receipt, signed.openings
         if openings is None:
-            raise NotCheckable("the receipt carries no openings: its tokens are not disclosed")
+            raise NotCheckable(
+                "the receipt carries no openings: its tokens are not disclosed",
+                help="ask the client or the provider for the receipt with its openings",
+            )
         self._request_opens(receipt.request, openings)
         self._output_opens(receipt, openings)
         return openings
@@ -113,7 +126,11 @@ class ReceiptVerifier:
 
     def _signed_by_trusted_key(self, envelope: Envelope) -> None:
         if not self._keys:
-            raise NotCheckable("no trusted key to check the signature with", signer=envelope.key_id)
+            raise NotCheckable(
+                "no trusted key to check the signature with",
+                help="get the provider's public key in a way that you trust and name it (--key FILE)",
+                signer=envelope.key_id,
+            )
         key = self._keys.get(envelope.key_id)
         if key is None:
             raise Untrusted(
@@ -176,6 +193,26 @@ def strip(data: bytes) -> bytes:
         Malformed: it cannot be read.
     """
     return replace(unseal(data), openings=None).encode()
+
+
+def disclose(data: bytes, openings: Openings) -> bytes:
+    """The same receipt with these openings, which are checked to be its own.
+
+    Raises:
+        VerificationError: it cannot be read, or they are not.
+    """
+    envelope = replace(unseal(data), openings=openings)
+    ReceiptVerifier(()).count(_read(envelope))
+    return envelope.encode()
+
+
+def attach(data: bytes, openings: Openings) -> bytes:
+    """The same receipt with these openings in place of its own; whether they open it is the verifier's question.
+
+    Raises:
+        Malformed: it cannot be read.
+    """
+    return replace(unseal(data), openings=openings).encode()
 
 
 def receipt_digest(data: bytes) -> bytes:

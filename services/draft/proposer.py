@@ -107,7 +107,8 @@ class Proposer:
     def _fitting(self, live: list[tuple[int, Ask]]) -> list[tuple[int, Ask]]:
         """Those whose next tokens fit the cache, after dropping the sequences asked for longest ago."""
         asked = {ask.request_id for _, ask in live}
-        fitting, need = [], 0
+        fitting: list[tuple[int, Ask]] = []
+        need = 0
         for i, ask in live:
             held = self._held[ask.request_id]
             need += len(held.tokens) - held.sequence.length + PAGE_TOKENS
@@ -125,4 +126,3 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
         if a != b:
             return index
     return min(len(left), len(right))
-

@@ -91,6 +91,6 @@ async def create(context: Context) -> DraftService:
 
     config = context.config.draft
     torch.set_num_threads(config.threads)
-    model = load_model(config.model_folder, dtype=config.dtype)
+    model = load_model(config.model, dtype=config.dtype)
     cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
     return DraftService(Proposer(model, cache), model.config.vocabulary_size)

@@ -2,11 +2,11 @@
 
 The log is the only truth about a request. Its records, in order:
 
-    Opened, then any of: Assigned(epoch + 1), Extended(current epoch), then at most one Cancelled, then at most one Closed
+    one Opened; any number of Assigned(epoch + 1) and Extended(current epoch); at most one Cancelled; at most one Closed
 
-Each holds the SHA-256 of the one before it. JetStream stores a record only where its writer names the sequence of the last
-one (compare-and-set); ``LogState.apply`` checks everything else, and every reader and writer runs it on every record. What
-it accepts has these properties, whoever wrote it:
+Each holds the SHA-256 of the one before it. JetStream stores a record only where its writer names the sequence of the
+last one (compare-and-set); ``LogState.apply`` checks everything else, and every reader and writer runs it on every
+record. What it accepts has these properties, whoever wrote it:
 
     ExactlyOnce        the Extended records tile the output: each position is committed once, in order
     Fenced             no Extended of epoch e after Assigned e + 1
@@ -113,10 +113,10 @@ def decode(data: bytes) -> tuple[CommitRecord, Payload]:
 
 @dataclass(frozen=True, slots=True)
 class LogState:
-    """What a log says up to its record number ``records``. Begin with ``LogState(request_id)``; ``apply`` each record.
+    """What a log says up to its record number ``records``. Begin with ``LogState(request_id)``, ``apply`` each record.
 
-    ``sequence`` and ``digest`` are those of the last record seen (0 and empty before the first). The messages held in it
-    are not to be changed.
+    ``sequence`` and ``digest`` are those of the last record seen (0 and empty before the first). ``epoch_passes``
+    counts the passes of the current epoch. The messages held here are not to be changed.
     """
 
     request_id: str
@@ -180,9 +180,7 @@ class LogState:
                 expected=self.digest,
             )
         self.check(payload)
-        return replace(
-            self._after(payload), sequence=sequence, digest=record_digest(data), records=self.records + 1
-        )
+        return replace(self._after(payload), sequence=sequence, digest=record_digest(data), records=self.records + 1)
 
     def check(self, payload: Payload) -> None:
         """Whether ``payload`` may follow.
@@ -212,7 +210,9 @@ class LogState:
         if self.epoch == 0 or extended.epoch != self.epoch:
             raise WrongEpoch("Extended by an epoch that is not the owner", found=extended.epoch, expected=self.epoch)
         if extended.base != len(self.tokens):
-            raise WrongBase("Extended does not begin where the tokens end", found=extended.base, expected=len(self.tokens))
+            raise WrongBase(
+                "Extended does not begin where the tokens end", found=extended.base, expected=len(self.tokens)
+            )
         check_pass(opened, extended, first=self.epoch_passes == 0)
 
     def _check_closed(self, closed: Closed) -> None:
@@ -225,7 +225,9 @@ class LogState:
                 cancelled=self.cancelled is not None,
             )
         if closed.usage != self.usage():
-            raise WrongBill("Closed bills what the log does not hold", found=str(closed.usage), expected=str(self.usage()))
+            raise WrongBill(
+                "Closed bills what the log does not hold", found=str(closed.usage), expected=str(self.usage())
+            )
 
     def _after(self, payload: Payload) -> LogState:
         match payload:

@@ -8,7 +8,7 @@
     │   ├── BrokenChain        it does not name the record before it
     │   ├── NotOpened          it comes before Opened
     │   ├── OpenedTwice        it is a second Opened
-    │   ├── WrongEpoch         Extended by another epoch than the current, or Assigned with an epoch that is not the next
+    │   ├── WrongEpoch         Extended by an epoch that is not the owner, Assigned to one that is not the next
     │   ├── WrongBase          Extended does not continue the tokens that are there
     │   ├── EmptyExtension     Extended without a token
     │   ├── WrongCounts        Extended counts what cannot be
@@ -45,7 +45,9 @@ class ProtocolError(Exception):
         self.evidence = evidence
 
     def __str__(self) -> str:
-        shown = (f"{name}={value.hex() if isinstance(value, bytes) else value}" for name, value in self.evidence.items())
+        shown = (
+            f"{name}={value.hex() if isinstance(value, bytes) else value}" for name, value in self.evidence.items()
+        )
         return f"{self.message} ({', '.join(shown)})" if self.evidence else self.message
 
 

@@ -2,54 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from countersign.services.protocol.commit import LogState
-from countersign.v1.sampling_pb2 import FinishReason, Usage
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """Output tokens from ``position`` on; the first ``accepted`` of them had been proposed by the draft."""
-
-    position: int
-    token_ids: tuple[int, ...]
-    accepted: int
-
-
-@dataclass(frozen=True, slots=True)
-class AssignedTo:
-    """The request belongs to ``instance`` from here on."""
-
-    epoch: int
-    instance: str
-
-
-@dataclass(frozen=True, slots=True)
-class CancelledByClient:
-    """No token follows; the owner will close the log if it still lives."""
-
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The answer is final. ``receipt_digest`` is empty when no receipt could be made."""
-
-    reason: FinishReason
-    usage: Usage
-    receipt_digest: bytes
-    message: str
-
-
-Event = Committed | AssignedTo | CancelledByClient | Ended
+from countersign.services.protocol.events import AssignedTo, CancelledByClient, Committed, Ended, Event
 
 
 class Reader:
     """Turns the records of one log into what happened, checking each.
 
-    Give it every record from the first on: the hash chain then shows a gap, whatever the transport says. A record that was
-    seen already is skipped, so that redelivery does no harm. ``start`` is the number of output tokens that the client has.
+    Give it every record from the first on: the hash chain then shows a gap, whatever the transport says. A record that
+    was seen already is skipped, so that redelivery does no harm. ``start`` is the number of output tokens that the
+    client has.
     """
 
     def __init__(self, request_id: str, *, start: int = 0) -> None:

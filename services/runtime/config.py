@@ -32,15 +32,33 @@ __all__ = [
     "load",
 ]
 
-Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e10)]
-Milliseconds = Annotated[int, msgspec.Meta(ge=1, le=0xFFFF_FFFF)]
-Dtype = Literal["fp32", "bf16"]
-# host:port, as `127.0.0.1:7411`, `[::1]:7411` or `:7411`; port 0 takes a free one.
-Listen = Annotated[str, msgspec.Meta(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]*):[0-9]{1,5}$")]
-# Empty, or one or more comma-separated servers.
-NatsUrl = Annotated[str, msgspec.Meta(pattern=r"^$|^(nats|tls|ws|wss)://[^\s,]+(,(nats|tls|ws|wss)://[^\s,]+)*$")]
+_SERVER = r"(nats|tls|ws|wss)://[^\s,]+"
+
+# Each description completes "must be ...".
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535, description="a port, 0 to 65535")]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1, description="an integer, 1 or more")]
+DraftTokens = Annotated[int, msgspec.Meta(ge=1, le=64, description="an integer from 1 to 64")]
+Replicas = Annotated[int, msgspec.Meta(ge=1, le=5, description="an integer from 1 to 5")]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9, description="a number of seconds, more than 0, at most 1e9")]
+Milliseconds = Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1, description="milliseconds, from 1 to 4294967295")]
+Switch = Annotated[bool, msgspec.Meta(description="true or false")]
+Text = Annotated[str, msgspec.Meta(description="text")]
+Folder = Annotated[Path, msgspec.Meta(description="a folder")]
+Dtype = Annotated[Literal["fp32", "bf16"], msgspec.Meta(description="fp32 or bf16")]
+Listen = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):[0-9]{1,5}$",
+        description="host:port such as 127.0.0.1:7411 or [::1]:7411, port 0 for a free one",
+    ),
+]
+NatsUrl = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=rf"^$|^{_SERVER}(,{_SERVER})*$",
+        description="nats://host:port, more of them after commas, or empty for a server of our own",
+    ),
+]
 
 _LOCAL = "127.0.0.1:0"
 _DEMO_TARGET = Path("infra/models/demo-target")
@@ -53,7 +71,7 @@ class NatsConfig:
 
     url: NatsUrl = ""  # empty: a server of our own on `port`
     port: Port = 0  # 0: a free one
-    replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
+    replicas: Replicas = 1
     commit_retention_s: Seconds = 86_400.0  # how long a request's log is kept
 
 
@@ -72,7 +90,7 @@ class TokenizerConfig:
     """Text to tokens and back."""
 
     listen: Listen = _LOCAL
-    model: Path = _DEMO_TARGET  # folder with tokenizer.json
+    model: Folder = _DEMO_TARGET  # folder with tokenizer.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +98,11 @@ class DraftConfig:
     """The small model that proposes."""
 
     listen: Listen = _LOCAL
-    enabled: bool = True
-    model: Path = _DEMO_DRAFT
+    enabled: Switch = True
+    model: Folder = _DEMO_DRAFT
     dtype: Dtype = "fp32"
     threads: Count = 1
-    tokens: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4  # proposals a round
+    tokens: DraftTokens = 4  # proposals a round
     cache_tokens: Count = 65_536
 
 
@@ -93,13 +111,13 @@ class TargetConfig:
     """The large model that countersigns."""
 
     listen: Listen = _LOCAL
-    model: Path = _DEMO_TARGET
+    model: Folder = _DEMO_TARGET
     dtype: Dtype = "fp32"
     threads: Count = 2
     cache_tokens: Count = 65_536
     max_sequences: Count = 64
     prefill_chunk: Count = 256  # prompt tokens a forward pass
-    kv_store: bool = True
+    kv_store: Switch = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +133,7 @@ class AuditorConfig:
     """Checks receipts."""
 
     listen: Listen = _LOCAL
-    model: Path = _DEMO_TARGET  # the reference weights
+    model: Folder = _DEMO_TARGET  # the reference weights
     threads: Count = 1
 
 
@@ -123,15 +141,15 @@ class AuditorConfig:
 class TelemetryConfig:
     """Where traces go."""
 
-    otlp_endpoint: str = ""  # http://host:4317; empty: nowhere
-    service_namespace: str = "countersign"
+    otlp_endpoint: Text = ""  # http://host:4317; empty: nowhere
+    service_namespace: Text = "countersign"
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """The whole deployment."""
 
-    data_dir: Path = Path(".countersign")
+    data_dir: Folder = Path(".countersign")
     nats: NatsConfig = field(default_factory=NatsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -165,7 +183,7 @@ def load(file: Path | None, environ: Mapping[str, str], overrides: Sequence[str]
     try:
         return _resolved(msgspec.convert(tree, Config, strict=False, dec_hook=_decode_path))
     except msgspec.ValidationError as error:
-        raise ConfigError.of_value(str(error), tree, layers) from None
+        raise ConfigError.of_value(str(error), tree, Config, layers) from None
 
 
 def dump(config: Config) -> str:
@@ -177,16 +195,18 @@ def dump(config: Config) -> str:
 def _decode_path(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str) and value and "\0" not in value:
         return Path(value)
-    raise msgspec.ValidationError("Expected a path")
+    raise ValueError(f"{value!r} is no {kind.__name__}")  # msgspec adds the place and makes it a ValidationError
 
 
 def _resolved(config: Config) -> Config:
-    services = {
-        name: dataclasses.replace(part, model=_resolve_model(part.model))
-        for name, part in (("tokenizer", config.tokenizer), ("target", config.target), ("auditor", config.auditor))
-    }
-    draft = dataclasses.replace(config.draft, model=_resolve_model(config.draft.model))
-    return dataclasses.replace(config, data_dir=config.data_dir.expanduser().absolute(), draft=draft, **services)
+    return dataclasses.replace(
+        config,
+        data_dir=config.data_dir.expanduser().absolute(),
+        tokenizer=dataclasses.replace(config.tokenizer, model=_resolve_model(config.tokenizer.model)),
+        draft=dataclasses.replace(config.draft, model=_resolve_model(config.draft.model)),
+        target=dataclasses.replace(config.target, model=_resolve_model(config.target.model)),
+        auditor=dataclasses.replace(config.auditor, model=_resolve_model(config.auditor.model)),
+    )
 
 
 def _resolve_model(folder: Path) -> Path:

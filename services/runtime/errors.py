@@ -13,8 +13,8 @@
     ├── Unimplemented         this release cannot
     └── Internal              a bug
 
-Each travels as a ``google.rpc.Status`` with an ``ErrorInfo`` (reason, domain, metadata), on NATS and gRPC alike. The message
-says what happened and where; ``help`` says what to do.
+Each travels as a ``google.rpc.Status`` with an ``ErrorInfo`` (reason, domain, metadata), on NATS and gRPC alike. The
+message says what happened and where; ``help`` says what to do.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from typing import ClassVar
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "countersign"
+# gRPC carries errors in HTTP/2 headers, of which 8 KiB are allowed, and the message twice.
+_MAX_MESSAGE = 1024
+_MAX_METADATA = 256
 
 
 class CountersignError(Exception):
@@ -43,12 +46,13 @@ class CountersignError(Exception):
         return f"{self.message} ({self.help})" if self.help else self.message
 
     def to_status(self) -> status_pb2.Status:
-        """The error as it travels."""
-        status = status_pb2.Status(code=self.code, message=self.message)
-        info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)
+        """The error as it travels, long texts clipped."""
+        status = status_pb2.Status(code=self.code, message=_clip(self.message, _MAX_MESSAGE))
+        metadata = {key: _clip(value, _MAX_METADATA) for key, value in self.metadata.items()}
+        info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=metadata)
         status.details.add().Pack(info)
         if self.help:
-            text = error_details_pb2.LocalizedMessage(locale="en", message=self.help)
+            text = error_details_pb2.LocalizedMessage(locale="en", message=_clip(self.help, _MAX_MESSAGE))
             status.details.add().Pack(text)
         return status
 
@@ -118,6 +122,12 @@ class Unimplemented(CountersignError):
 class Internal(CountersignError):
     code = code_pb2.INTERNAL
     default_reason = "INTERNAL"
+
+
+def _clip(text: str, limit: int) -> str:
+    # A lone surrogate, such as from a file name, cannot be sent.
+    text = text.encode(errors="replace").decode()
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 _BY_CODE: dict[int, type[CountersignError]] = {

@@ -61,7 +61,7 @@ class Keeper:
         self._task: asyncio.Task[Never] | None = None
 
     def start(self) -> asyncio.Task[Never]:
-        """Keep it from now on. The task ends by `stop`, or with the CountersignError for which the process is given up."""
+        """Keep it from now on. The task ends by `stop`, or with the error for which the process is given up."""
         self._task = asyncio.create_task(self._keep(), name=f"keep-{self.name}")
         return self._task
 

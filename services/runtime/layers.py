@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
+
+import msgspec
 
 from countersign.services.runtime.errors import InvalidArgument
 
@@ -36,12 +37,12 @@ class ConfigError(InvalidArgument):
     default_reason = "CONFIG_INVALID"
 
     @classmethod
-    def of_value(cls, failure: str, tree: Tree, layers: Sequence[Layer]) -> Self:
-        """A wrong value, from msgspec's message (``Expected `int` >= 1 - at `$.draft.tokens```)."""
-        allowed, _, where = failure.partition(" - at `$.")
-        key = where.rstrip("`")
-        source = next((layer.source for layer in reversed(layers) if _has(layer.tree, key)), "defaults")
-        return cls(f"{source}: {key} = {_at(tree, key)!r}: {allowed[0].lower()}{allowed[1:]}", key=key)
+    def of_value(cls, failure: str, tree: Tree, schema: type, layers: Sequence[Layer]) -> Self:
+        """A wrong value, found by msgspec's message, which ends in ``at `$.draft.tokens```."""
+        key = failure.rpartition("`$.")[2].rstrip("`")
+        source = next(layer.source for layer in reversed(layers) if _find(layer.tree, key))
+        (value,) = _find(tree, key)
+        return cls(f"{source}: {key} = {value!r}: must be {_allowed(schema, key)}", key=key)
 
 
 def file_layer(file: Path) -> Layer:
@@ -52,13 +53,14 @@ def file_layer(file: Path) -> Layer:
     """
     try:
         text = file.read_text(encoding="utf-8")
-        # No TOML document starts with a brace.
-        tree = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+        if not text.startswith("{"):  # as no TOML document does
+            return Layer(str(file), tomllib.loads(text))
+        tree = json.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}", file=str(file)) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}", file=str(file)) from None
-    return Layer(str(file), tree, final=tree.pop("resolved", False) is True)
+    return Layer(str(file), tree, final=tree.pop("resolved", None) is True)
 
 
 def environment_layer(environ: Mapping[str, str]) -> list[Layer]:
@@ -113,43 +115,41 @@ def _merge_into(into: Tree, tree: Tree, schema: type, path: tuple[str, ...], sou
 
 
 def _unknown_key(key: str, schema: type, path: tuple[str, ...], source: str) -> ConfigError:
-    known = _keys(schema, path)
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    here = [".".join((*path, name)) for name in get_type_hints(schema)]
+    nearest = difflib.get_close_matches(key, [*here, *_leaves(schema)], n=1)
     return ConfigError(
         f"{source}: unknown key {key}",
         reason="CONFIG_UNKNOWN_KEY",
-        help=f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}",
+        help=f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(here)}",
         key=key,
     )
 
 
-def _keys(schema: type, path: tuple[str, ...]) -> list[str]:
-    keys = []
-    for name, kind in get_type_hints(schema).items():
-        keys.append(".".join((*path, name)))
-        if dataclasses.is_dataclass(kind):
-            keys += [f"{name}.{inner}" for inner in get_type_hints(kind)]
-    return keys
+def _leaves(schema: type) -> list[str]:
+    sections = {name: kind for name, kind in get_type_hints(schema).items() if dataclasses.is_dataclass(kind)}
+    return [f"{name}.{key}" for name, kind in sections.items() for key in get_type_hints(kind)]
+
+
+def _allowed(schema: type, key: str) -> str:
+    kind: Any = schema
+    for name in key.split("."):
+        kind = get_type_hints(kind, include_extras=True)[name]
+    metas = (meta for meta in get_args(kind) if isinstance(meta, msgspec.Meta))
+    return next(meta.description for meta in metas if meta.description)
 
 
 def _nest(parts: Sequence[str], value: str) -> Tree:
-    tree: Any = value
-    for part in reversed(parts):
+    tree: Tree = {parts[-1]: value}
+    for part in reversed(parts[:-1]):
         tree = {part: tree}
-    return tree if isinstance(tree, dict) else {}
+    return tree
 
 
-def _has(tree: Tree, key: str) -> bool:
+def _find(tree: Tree, key: str) -> tuple[Any, ...]:
+    """The value at a dotted key, in a tuple that is empty when there is none."""
     node: Any = tree
     for part in key.split("."):
         if not isinstance(node, dict) or part not in node:
-            return False
+            return ()
         node = node[part]
-    return True
-
-
-def _at(tree: Tree, key: str) -> Any:
-    node: Any = tree
-    for part in re.split(r"\.", key):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
+    return (node,)

@@ -25,7 +25,7 @@ class Limits:
     def delay(self, failures: int) -> float:
         """Before the start that follows this many failures in a row (at least 1)."""
         doublings = min(failures - 1, 60)  # a float holds 2 ** 60 times any sane delay; it does not hold 2 ** 2000
-        return min(self.first_delay * 2**doublings, self.max_delay)
+        return min(self.first_delay * 2.0**doublings, self.max_delay)
 
 
 @dataclass(frozen=True, slots=True)

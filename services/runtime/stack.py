@@ -79,7 +79,8 @@ class DataFolderLock:
             FailedPrecondition: reason DATA_FOLDER_IN_USE (metadata ``pid``) or DATA_FOLDER_UNUSABLE.
         """
         try:
-            self._data_dir.mkdir(parents=True, exist_ok=True)
+            # For its owner only: the streams hold prompts and answers, the configuration may hold a password.
+            self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             file = os.open(self._data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise FailedPrecondition(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.errors import CountersignError
@@ -20,9 +21,12 @@ class Drafts:
     After a failure nobody asks for ``BACKOFF_S``: a dead draft must not cost each step a time-out.
     """
 
-    def __init__(self, bus: Bus, tokens: int, clock: Callable[[], float], log: logging.Logger) -> None:
+    def __init__(
+        self, bus: Bus, tokens: int, vocabulary_size: int, clock: Callable[[], float], log: logging.Logger
+    ) -> None:
         self._bus = bus
         self._tokens = tokens
+        self._vocabulary_size = vocabulary_size
         self._clock = clock
         self._log = log
         self._held: dict[str, int] = {}
@@ -77,7 +81,8 @@ class Drafts:
             if proposal.WhichOneof("result") == "tokens":
                 # What was sent counts as held, the proposals do not: they may be rejected.
                 self._held[ask.request_id] = ask.base + len(ask.token_ids)
-                proposals[ask.request_id] = tuple(proposal.tokens.ids)[: ask.count]
+                ids = proposal.tokens.ids[: ask.count]
+                proposals[ask.request_id] = tuple(takewhile(lambda token: token < self._vocabulary_size, ids))
             else:
                 self._held[ask.request_id] = 0
         return proposals

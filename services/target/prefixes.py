@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Sequence
 
-from countersign.services.protocol.cache import BLOCK_TOKENS, block_key, root_key
+from countersign.services.protocol.keys import chain_keys, root_key
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.rpc import Channel
@@ -43,11 +43,7 @@ class Prefixes:
 
     def keys(self, tenant: str, token_ids: Sequence[int]) -> list[bytes]:
         """The chained keys of the full blocks of a sequence (DESIGN.md section 7)."""
-        key, keys = root_key(self._weights, self._format, tenant), []
-        for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-            key = block_key(key, token_ids[start : start + BLOCK_TOKENS])
-            keys.append(key)
-        return keys[:MAX_KEYS]
+        return chain_keys(root_key(self._weights, self._format, tenant), token_ids)[:MAX_KEYS]
 
     async def fetch(self, request_id: str, keys: Sequence[bytes]) -> list[bytes]:
         """The data of the longest stored prefix of ``keys``; [] when nothing is stored or the store does not answer."""

@@ -2,10 +2,90 @@
 
 from __future__ import annotations
 
-import platform
-from dataclasses import dataclass
+from typing import Literal, cast
 
-import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from countersign import __version__
+from countersign.services.protocol.commit import LogState
+from countersign.services.runtime.errors import Internal
+from countersign.v1.router_pb2 import ModelInfo
+from countersign.v1.sampling_pb2 import Drafting, FinishReason
+from countersign.verify import receipt as receipts
+from countersign.verify.payload import FinishReason as SignedReason
+
+
+def finish_name(reason: FinishReason.ValueType) -> SignedReason:
+    """FINISH_REASON_STOP is signed as "stop", and so on."""
+    return cast(SignedReason, FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower())
+
+
+class ReceiptMaker:
+    """Signs with one key for one model. ``build`` names the release and the libraries that compute."""
+
+    def __init__(self, key: Ed25519PrivateKey, model: ModelInfo, build: str) -> None:
+        self._key = key
+        self._build = build
+        self._model = receipts.Model(
+            name=model.name,
+            weights=model.weights_sha256,
+            tokenizer=model.tokenizer_sha256,
+            config=model.config_sha256,
+            dtype=cast('Literal["fp32", "bf16"]', model.dtype),
+            numerics="invariant",
+            build=build,
+        )
+
+    def make(self, log: LogState, reason: FinishReason.ValueType, started_unix_ms: int, finished_unix_ms: int) -> bytes:
+        """The signed receipt, without openings, of the answer that ``log`` holds and that ends for ``reason``.
+
+        Raises:
+            VerificationError: the log does not add up to a receipt that a verifier would take; none is signed then.
+            Internal: the log has no Opened record.
+        """
+        opened = log.opened
+        if opened is None:
+            raise Internal(f"request {log.request_id} has no Opened record, so there is nothing to sign")
+        salt, stop = opened.salt_key, tuple(opened.sampling.stop)
+        receipt = receipts.Receipt(
+            request_id=log.request_id,
+            model=self._model,
+            request=_request(log),
+            output=receipts.build_output(log.request_id, log.token_ids, salt, finish_reason=finish_name(reason)),
+            evidence=receipts.Evidence(
+                commit=log.digest,
+                records=log.records,
+                drafting="off" if opened.drafting == Drafting.DRAFTING_OFF else "model",
+                drafted=log.drafted,
+                accepted=log.accepted,
+                passes=log.passes,
+                cached_prompt_tokens=log.cached_prompt_tokens,
+                kv_policy="exact",
+            ),
+            usage=receipts.Usage(started_unix_ms, max(started_unix_ms, finished_unix_ms), joules="unavailable"),
+        )
+        openings = receipts.Openings(salt, tuple(opened.prompt_token_ids), log.token_ids, stop)
+        # Signed with its openings so that it is checked against them, stored without: the log has them.
+        return receipts.strip(receipts.sign(receipt, openings, self._key))
+
+
+def _request(log: LogState) -> receipts.Request:
+    opened = log.opened
+    if opened is None:
+        raise Internal(f"request {log.request_id} has no Opened record, so there is nothing to sign")
+    params = opened.sampling
+    seeded = params.HasField("seed")
+    return receipts.Request(
+        prompt=receipts.prompt_digest(opened.prompt_token_ids, opened.salt_key),
+        prompt_tokens=len(opened.prompt_token_ids),
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p if params.HasField("top_p") else 1.0,
+        seed=params.seed if seeded else None,
+        seed_source="client" if seeded else "none",
+        max_tokens=params.max_tokens,
+        stop_token_ids=tuple(params.stop_token_ids),
+        ignore_eos=params.ignore_eos,
+        stop=receipts.stop_digest(params.stop, opened.salt_key),
+        coupling="gumbel",
+        opened_unix_ms=opened.opened_unix_ms,
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from countersign.services.engine.kv import CachedSequence
 from countersign.services.engine.sampling import Sampling
-from countersign.services.protocol.commit import Writer
+from countersign.services.protocol.writer import Writer
 from countersign.services.target.stopping import Stopper
 from countersign.v1.commit_pb2 import Opened
 from countersign.v1.sampling_pb2 import Drafting, FinishReason
@@ -23,6 +23,10 @@ class Pass:
     token_ids: tuple[int, ...]
     drafted: int
     accepted: int
+
+    def cut(self, count: int) -> Pass:
+        """Its first ``count`` tokens: the answer ended inside it."""
+        return Pass(self.token_ids[:count], self.drafted, min(self.accepted, count))
 
 
 @dataclass(slots=True)
@@ -43,7 +47,7 @@ class Session:
     cached_tokens: int = 0
     started_unix_ms: int = 0
     uncommitted: deque[Pass] = field(default_factory=deque)
-    finish: FinishReason | None = None
+    finish: FinishReason.ValueType | None = None
     message: str = ""
     done: bool = False
     stored_blocks: int = 0
@@ -76,7 +80,12 @@ class Session:
         """It takes proposals."""
         return self.opened.drafting != Drafting.DRAFTING_OFF
 
-    def end(self, reason: FinishReason, message: str = "") -> None:
+    def end(self, reason: FinishReason.ValueType, message: str = "") -> None:
         """The answer ends with what was sampled so far; the first reason stands."""
         if self.finish is None:
             self.finish, self.message = reason, message
+
+    def cancel(self) -> None:
+        """The log says cancelled: what it does not hold never was."""
+        self.uncommitted.clear()
+        self.finish, self.message = FinishReason.FINISH_REASON_CANCELLED, ""

@@ -35,7 +35,7 @@ class Stopper:
         """The tokens before the answer, for the text of its first ones."""
         self._context = list(token_ids[-CONTEXT_TOKENS:])
 
-    def take(self, token_ids: Iterable[int]) -> tuple[list[int], FinishReason | None]:
+    def take(self, token_ids: Iterable[int]) -> tuple[list[int], FinishReason.ValueType | None]:
         """The tokens that belong to the answer, and why it ends with the last of them, if it does."""
         taken: list[int] = []
         for token in token_ids:
@@ -45,7 +45,7 @@ class Stopper:
                 return taken, reason
         return taken, None
 
-    def _feed(self, token: int) -> FinishReason | None:
+    def _feed(self, token: int) -> FinishReason.ValueType | None:
         self._count += 1
         if token in self.end_token_ids or self._completes_stop(token):
             return FinishReason.FINISH_REASON_STOP

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from countersign.services.engine.errors import NonFiniteLogits, OutOfPages
+from countersign.services.engine.errors import EngineError, NonFiniteLogits
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, Span
 from countersign.services.engine.speculation import accept_chain
@@ -39,7 +39,7 @@ class Verifier:
         spans = [Span(w.session.sequence, (*w.token_ids, *w.proposals), w.rows) for w in works]
         try:
             logits = self._model.forward(self._cache, spans)
-        except OutOfPages as error:
+        except EngineError as error:
             return [Result(work, error=str(error)) for work in works]
         results, row = [], 0
         for work in works:
@@ -53,7 +53,7 @@ class Verifier:
         session = work.session
         position = len(session.tokens)
         try:
-            emitted = accept_chain(work.proposals, rows, position, session.sampling)
+            emitted = list(accept_chain(rows, position, work.proposals, session.sampling))
         except NonFiniteLogits as error:
             return Result(work, error=str(error))
         accepted = len(emitted) - 1

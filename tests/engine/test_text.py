@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from countersign.services.engine.errors import CheckpointError
-from countersign.services.engine.text import MAX_OPEN_TOKENS, Released, StopMatcher, Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from countersign.services.engine.errors import CheckpointError
+from countersign.services.engine.text import MAX_OPEN_TOKENS, Released, StopMatcher, Tokenizer
 
 END = "<|endoftext|>"
 CORPUS = [
@@ -94,6 +95,12 @@ def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
     return [table[bytes([value])] for value in data]
 
 
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer._tokenizer.token_to_id(token)
+    assert found is not None
+    return found
+
+
 def decode_in_calls(tokenizer: Tokenizer, ids: Sequence[int], sizes: Sequence[int], context: int) -> list[str]:
     """As the router does it: what is not consumed is sent again with what follows; only the last few as context."""
     pieces: list[str] = []
@@ -120,6 +127,26 @@ def test_the_pieces_of_any_ids_do_not_depend_on_how_they_are_cut(
     whole = tokenizer.decode_pieces((), ids, final=True)
     assert len(whole) == len(ids)
     assert decode_in_calls(tokenizer, ids, sizes, context=len(ids)) == whole
+
+
+def test_each_token_has_the_text_that_the_library_gives_it(
+    any_family: tuple[Tokenizer, tokenizers.Tokenizer],
+) -> None:
+    tokenizer, library = any_family
+    before = tokenizer.encode("the", plain=True)
+    for token in range(tokenizer.vocabulary_size):
+        assert tokenizer.decode([token]) == library.decode([token])
+        assert tokenizer.decode([*before, token]) == library.decode([*before, token])
+
+
+def test_an_added_token_outside_the_byte_alphabet_is_plain_text(tmp_path: Path) -> None:
+    library = byte_level()
+    library.add_tokens(["  <sep> 中"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    ids = tokenizer.encode("a  <sep> 中b", plain=True)
+    assert len(ids) == 3
+    assert tokenizer.decode(ids) == library.decode(ids) == "a  <sep> 中b"
 
 
 @settings(max_examples=60, deadline=None)
@@ -199,15 +226,15 @@ def test_a_character_that_never_closes_is_given_up(byte: Tokenizer) -> None:
 def test_a_long_run_of_tokens_across_characters_does_not_wait_for_its_end(tmp_path: Path) -> None:
     to_char = {byte: char for char, byte in _alphabet().items()}
     vocabulary = {END: 0} | {char: i + 1 for i, char in enumerate(sorted(_alphabet()))}
-    vocabulary["".join(to_char[b] for b in b"\xad\xe4\xb8")] = straddle = len(vocabulary)
+    vocabulary["".join(to_char[b] for b in b"\xb8\xad\xe4")] = straddle = len(vocabulary)
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     ours = Tokenizer(tmp_path)
-    ids = [vocabulary[to_char[0xE4]], vocabulary[to_char[0xB8]], *[straddle] * 5]
-    pieces = ours.decode_pieces((), ids, final=False)
-    assert pieces == ["", "", "中", "中", "中", "中", "中"]
-    assert ours.decode_pieces(ids, [vocabulary[to_char[0xAD]]], final=False) == ["中"]
+    first, second, third = (vocabulary[to_char[byte]] for byte in "中".encode())
+    run = [first, *[straddle] * 4]
+    assert ours.decode_pieces((), [*run, second], final=False) == ["", "中", "中", "中", "中"]
+    assert ours.decode_pieces(run, [second, third], final=False) == ["", "中"]
 
 
 def _alphabet() -> dict[str, int]:
@@ -223,8 +250,8 @@ def test_only_the_first_token_of_a_text_loses_its_leading_space(folders: dict[st
     ids = tokenizer.encode("the", plain=True)
     assert "".join(tokenizer.decode_pieces((), [*ids, *ids], final=True)) == "the the"
     assert "".join(tokenizer.decode_pieces(ids, ids, final=True)) == " the"
-    end = [tokenizer._tokenizer.token_to_id(END)]
-    assert "".join(tokenizer.decode_pieces(end, ids, final=True)) == "the"
+    without_text = [id_of(tokenizer, END), tokenizer.vocabulary_size + 1]
+    assert "".join(tokenizer.decode_pieces(without_text, ids, final=True)) == "the"
 
 
 def test_byte_tokens_of_a_sentencepiece_vocabulary_make_one_character(folders: dict[str, Path]) -> None:

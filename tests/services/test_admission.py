@@ -62,9 +62,7 @@ def test_a_bad_request_is_refused_by_reason(bad: GenerateRequest, reason: str) -
         ([100], 1, "TOKEN_OUT_OF_VOCABULARY", "99"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(
-    tokens: range, max_tokens: int, reason: str, fits: str
-) -> None:
+def test_what_does_not_fit_is_refused_with_what_would(tokens: range, max_tokens: int, reason: str, fits: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         admission.check_length(tokens, SamplingParams(max_tokens=max_tokens), MODEL)
     assert caught.value.reason == reason

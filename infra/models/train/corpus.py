@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-HELDOUT = Path(__file__).with_name("heldout.txt")
+HELDOUT = Path(__file__).resolve().parents[1] / "heldout.txt"
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|Unlicense|Zero-Clause)\b", re.IGNORECASE)
 COPYLEFT = re.compile(r"\b(GPL|LGPL|AGPL|MPL|Mozilla|EPL)\b", re.IGNORECASE)
 # Tables and generated text teach a model nothing about writing Python.

@@ -1,0 +1,108 @@
+"""The router's side of the commit protocol: opens a request, assigns it to a target, cancels it."""
+
+from __future__ import annotations
+
+from countersign.services.protocol.appender import Appender
+from countersign.services.protocol.commit import LogState
+from countersign.services.protocol.errors import RequestIdTaken
+from countersign.services.protocol.events import AssignedTo, CancelledByClient, ClosedAlready, Effect, Settled
+from countersign.v1.commit_pb2 import Assigned, Cancelled, Opened
+
+
+class Opener(Appender):
+    """Appends what a router may append, one at a time, and tries again while that still makes sense.
+
+    Each call gives the append to make, or its answer at once when the log already has one. Any number of routers may do
+    this for one request. Begin with ``LogState(request_id)`` for a new request, or with the log as it was read.
+    """
+
+    def __init__(self, log: LogState) -> None:
+        super().__init__(log)
+        self._wanted: Opened | Assigned | Cancelled | None = None
+
+    def open(self, opened: Opened) -> Effect:
+        """Opens the request. ``Settled`` once the log begins with ``opened`` or asks the same: a client's retry.
+
+        Raises:
+            AppendInFlight: the append before is not settled.
+            RequestIdTaken: the log begins with another question; ``tail`` and ``refused`` raise it too.
+        """
+        return self._want(opened)
+
+    def assign(self, instance: str) -> Effect:
+        """Moves the request to ``instance``, which fences its owner. Other answers: ``AssignedTo`` when another router
+        was first, ``CancelledByClient``, ``ClosedAlready``.
+
+        Raises:
+            AppendInFlight: the append before is not settled.
+            NotOpened: the log is empty.
+        """
+        return self._want(Assigned(epoch=self._log.epoch + 1, instance=instance))
+
+    def cancel(self, cause: str) -> Effect:
+        """Cancels the request: no token is committed after it. ``Settled`` when it is cancelled, by whomever;
+        ``ClosedAlready`` when it had ended before.
+
+        Raises:
+            AppendInFlight: the append before is not settled.
+            NotOpened: the log is empty.
+        """
+        return self._want(Cancelled(cause=cause))
+
+    def _want(self, payload: Opened | Assigned | Cancelled) -> Effect:
+        self._must_be_idle()
+        self._wanted = payload
+        return self._go_on()
+
+    def _stored(self) -> None:
+        """The answer follows from the log alone."""
+
+    def _overtaken(self, before: LogState) -> None:
+        """The answer follows from the log alone."""
+
+    def _go_on(self) -> Effect:
+        if self._wanted is None:
+            return Settled()
+        answer = self._answer(self._wanted)
+        if answer is None:
+            return self._append(self._wanted)
+        # An append that is given up here may still arrive; the stream will refuse it, since another record is last.
+        self._wanted, self._in_flight = None, None
+        return answer
+
+    def _answer(self, wanted: Opened | Assigned | Cancelled) -> Effect | None:
+        log = self._log
+        match wanted:
+            case Opened():
+                return self._answer_open(wanted)
+            case Cancelled() if log.cancelled is not None:
+                return Settled()
+        if log.closed is not None:
+            return ClosedAlready(log.closed.reason)
+        if log.cancelled is not None:
+            return CancelledByClient(log.cancelled.cause)
+        if isinstance(wanted, Assigned) and log.epoch >= wanted.epoch:
+            mine = (log.epoch, log.instance) == (wanted.epoch, wanted.instance)
+            return Settled() if mine else AssignedTo(log.epoch, log.instance)
+        return None
+
+    def _answer_open(self, wanted: Opened) -> Effect | None:
+        if self._log.opened is None:
+            return None
+        if asks_the_same(self._log.opened, wanted):
+            return Settled()
+        self._wanted, self._in_flight = None, None
+        raise RequestIdTaken("the request id names another request", request_id=self._log.request_id)
+
+
+def asks_the_same(one: Opened, other: Opened) -> bool:
+    """Whether two questions differ at most in when they were asked: a client that repeats its call asks later."""
+    return _timeless(one) == _timeless(other)
+
+
+def _timeless(opened: Opened) -> Opened:
+    copy = Opened()
+    copy.CopyFrom(opened)
+    copy.ClearField("opened_unix_ms")
+    copy.ClearField("deadline_unix_ms")
+    return copy

@@ -1,0 +1,135 @@
+"""Turns a request's log into the events that its client reads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from countersign.services.protocol.commit import LogState
+from countersign.services.protocol.driver import subject_of
+from countersign.services.protocol.errors import LogError
+from countersign.services.protocol.events import Committed, Ended
+from countersign.services.protocol.reader import Reader
+from countersign.services.router.answer import Answer
+from countersign.services.router.receipts import Receipts
+from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.errors import DataLoss, DeadlineExceeded, NotFound, Unavailable
+from countersign.services.runtime.journal import Entry, Journal
+from countersign.services.runtime.registry import Registry
+from countersign.v1.router_pb2 import Accepted, Finished, StreamEvent
+from countersign.v1.tokenizer_pb2 import DecodeRequest, DecodeResponse
+
+CHECK_S = 1.0
+# A target answers its requests' deadlines itself; this long after one the router stops believing in it.
+DEADLINE_GRACE_S = 5.0
+DECODE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Follower:
+    """What following a log needs of the outside. ``wall_ms`` is Unix time in milliseconds."""
+
+    bus: Bus
+    journal: Journal
+    registry: Registry
+    receipts: Receipts
+    wall_ms: Callable[[], int]
+
+    async def follow(self, request_id: str, position: int) -> AsyncIterator[StreamEvent]:
+        """Accepted, the committed tokens from ``position`` on, Finished.
+
+        Raises:
+            NotFound: there is no such request.
+            Unavailable: reason TARGET_LOST: its target is gone; the log keeps what is committed.
+            DeadlineExceeded: its target let the deadline pass.
+            DataLoss: the log or the receipt is not as it was written.
+        """
+        reader = Reader(request_id)
+        answer: Answer | None = None
+        async for entry in self._entries(request_id, reader):
+            try:
+                events = reader.entry(entry.sequence, entry.data)
+            except LogError as error:
+                raise DataLoss(f"the log of request {request_id} is damaged: {error}") from error
+            if answer is None:
+                answer = _answer(reader.log, position)
+                yield StreamEvent(accepted=_accepted(reader.log))
+            for event in events:
+                if isinstance(event, Committed):
+                    answer.committed(event.token_ids, event.accepted)
+                    async for out in self._decode(answer, final=False):
+                        yield out
+                elif isinstance(event, Ended):
+                    async for out in self._decode(answer, final=True):
+                        yield out
+                    yield StreamEvent(finished=await self._finished(reader.log, event))
+                    return
+
+    async def _entries(self, request_id: str, reader: Reader) -> AsyncIterator[Entry]:
+        """The log's records as they come; between them, whether anyone is still working on it."""
+        tail = self.journal.tail(subject_of(request_id))
+        pending: asyncio.Task[Entry] | None = None
+        try:
+            while True:
+                pending = pending or asyncio.ensure_future(anext(tail))
+                done, _ = await asyncio.wait({pending}, timeout=CHECK_S)
+                if done:
+                    entry, pending = pending.result(), None
+                    yield entry
+                else:
+                    self._check(request_id, reader.log)
+        finally:
+            if pending is not None:
+                pending.cancel()
+                await asyncio.gather(pending, return_exceptions=True)
+            await tail.aclose()
+
+    def _check(self, request_id: str, log: LogState) -> None:
+        """Raises when nobody can be at work on the request any more."""
+        if log.opened is None:
+            raise NotFound(f"there is no request {request_id}", reason="UNKNOWN_REQUEST", help="it may have expired")
+        deadline = log.opened.deadline_unix_ms
+        if deadline and self.wall_ms() > deadline + DEADLINE_GRACE_S * 1000:
+            raise DeadlineExceeded(
+                f"request {request_id} is past its deadline and its target {log.instance} has not ended it",
+                reason="TARGET_SILENT",
+                request_id=request_id,
+            )
+        live = {target.instance for target in self.registry.live("target")}
+        if log.instance and log.instance not in live:
+            raise Unavailable(
+                f"target {log.instance} is gone in the middle of request {request_id}",
+                reason="TARGET_LOST",
+                help=f"its {len(log.tokens)} committed tokens stay in the log; ask again under another request id",
+                request_id=request_id,
+            )
+
+    async def _decode(self, answer: Answer, *, final: bool) -> AsyncIterator[StreamEvent]:
+        """The tokens whose text is settled by now."""
+        pieces: Sequence[str] = ()
+        if answer.undecoded:
+            request = DecodeRequest(context_ids=answer.context, token_ids=answer.undecoded, final=final)
+            reply = await self.bus.call("tokenizer", "Decode", request, DecodeResponse, timeout=DECODE_TIMEOUT_S)
+            pieces = reply.pieces
+        tokens = answer.decoded(pieces, final=final)
+        if tokens is not None:
+            yield StreamEvent(tokens=tokens)
+
+    async def _finished(self, log: LogState, ended: Ended) -> Finished:
+        receipt = await self.receipts.of(log) if ended.receipt_digest else b""
+        return Finished(reason=ended.reason, usage=ended.usage, receipt=receipt, message=ended.message)
+
+
+def _answer(log: LogState, position: int) -> Answer:
+    if log.opened is None:
+        raise DataLoss(f"the log of request {log.request_id} does not begin with Opened")
+    answer = Answer(stop=tuple(log.opened.sampling.stop), position=position)
+    answer.prompt(log.opened.prompt_token_ids)
+    return answer
+
+
+def _accepted(log: LogState) -> Accepted:
+    if log.opened is None:
+        raise DataLoss(f"the log of request {log.request_id} does not begin with Opened")
+    return Accepted(request_id=log.request_id, model=log.opened.model, prompt_tokens=len(log.opened.prompt_token_ids))

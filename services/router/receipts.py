@@ -1,0 +1,44 @@
+"""Fetches a request's receipt and puts its openings back, from the log that holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from countersign.services.protocol.commit import LogState
+from countersign.services.runtime.errors import DataLoss
+from countersign.services.runtime.journal import Journal
+from countersign.verify.errors import VerificationError
+from countersign.verify.receipt import Openings, attach, receipt_digest
+
+SUBJECT = "cs.v1.receipt."
+
+
+@dataclass(frozen=True, slots=True)
+class Receipts:
+    """Receipts are stored without openings: prompt and output lie in clear in the log only, and only for its time."""
+
+    journal: Journal
+
+    async def stored(self, request_id: str) -> bytes | None:
+        """The receipt as it is kept, None when there is none."""
+        entry = await self.journal.last(SUBJECT + request_id)
+        return None if entry is None else entry.data
+
+    async def of(self, log: LogState) -> bytes:
+        """The receipt that ``log`` was closed with, openings attached. Raises DataLoss when it is not there."""
+        data = await self.stored(log.request_id)
+        digest = log.closed.receipt_sha256 if log.closed is not None else b""
+        try:
+            if data is None or receipt_digest(data) != digest or log.opened is None:
+                raise DataLoss(
+                    f"the receipt that closed request {log.request_id} is not in the store", reason="RECEIPT_LOST"
+                )
+            openings = Openings(
+                log.opened.salt_key,
+                tuple(log.opened.prompt_token_ids),
+                log.token_ids,
+                tuple(log.opened.sampling.stop),
+            )
+            return attach(data, openings)
+        except VerificationError as error:
+            raise DataLoss(f"the stored receipt of request {log.request_id} is damaged: {error}") from error

@@ -1,0 +1,268 @@
+"""The router service: lets requests in, places them, streams what is committed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Sequence
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from countersign import __version__
+from countersign.services.protocol.commit import LogState, replay
+from countersign.services.protocol.driver import settle, subject_of
+from countersign.services.protocol.errors import LogError, RequestIdTaken
+from countersign.services.protocol.events import ClosedAlready, Settled
+from countersign.services.protocol.opener import Opener
+from countersign.services.router import admission
+from countersign.services.router.following import Follower
+from countersign.services.router.placement import candidates
+from countersign.services.router.receipts import Receipts
+from countersign.services.runtime.errors import (
+    AlreadyExists,
+    CountersignError,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+from countersign.services.runtime.journal import Entry
+from countersign.services.runtime.service import Call, Context
+from countersign.v1 import router_pb2
+from countersign.v1.commit_pb2 import Opened
+from countersign.v1.registry_pb2 import Instance
+from countersign.v1.router_pb2 import (
+    CancelRequest,
+    CancelResponse,
+    GenerateRequest,
+    GenerateResponse,
+    GetInfoRequest,
+    GetInfoResponse,
+    GetReceiptRequest,
+    GetReceiptResponse,
+    ModelInfo,
+    OnDisconnect,
+    ResumeRequest,
+    ResumeResponse,
+)
+from countersign.v1.sampling_pb2 import FinishReason
+from countersign.v1.target_pb2 import StartRequest, StartResponse
+from countersign.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
+
+CALL_TIMEOUT_S = 5.0
+CANCEL_WAIT_S = 5.0
+DEFAULT_TENANT = "default"
+
+
+class RouterService:
+    """The public API. Its state is the logs: any router can go on where another stopped."""
+
+    descriptor: ServiceDescriptor = router_pb2.DESCRIPTOR.services_by_name["RouterService"]
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._config = context.config.router
+        self._bus = context.bus
+        self._journal = context.journal
+        self._receipts = Receipts(context.journal)
+        self._follower = Follower(context.bus, context.journal, context.registry, self._receipts, _wall_ms)
+        self._active = 0
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    def describe(self, instance: Instance) -> None:
+        instance.active_requests = self._active
+
+    async def Generate(self, request: GenerateRequest, call: Call) -> AsyncIterator[GenerateResponse]:
+        """Raises what ``admission`` raises, ResourceExhausted when full, AlreadyExists for a request id in use."""
+        if self._active >= self._config.max_requests:
+            raise ResourceExhausted(
+                f"this router has {self._config.max_requests} open requests",
+                reason="ROUTER_FULL",
+                help="try again later",
+            )
+        self._active += 1
+        request_id = request.request_id or uuid.uuid4().hex
+        finished = False
+        opened = False
+        try:
+            opener = await self._open(request_id, request)
+            opened = True
+            await self._place(opener)
+            async for event in self._follower.follow(request_id, 0):
+                finished = event.HasField("finished")
+                yield GenerateResponse(event=event)
+        finally:
+            self._active -= 1
+            goes_on = request.on_disconnect == OnDisconnect.ON_DISCONNECT_CONTINUE
+            if opened and not finished and not goes_on:
+                self._spawn(self._cancel_quietly(request_id, "the client went away"))
+
+    async def Resume(self, request: ResumeRequest, call: Call) -> AsyncIterator[ResumeResponse]:
+        """Raises NotFound(UNKNOWN_REQUEST)."""
+        admission.check_request_id(request.request_id)
+        await self._log_of(request.request_id)
+        async for event in self._follower.follow(request.request_id, request.position):
+            yield ResumeResponse(event=event)
+
+    async def Cancel(self, request: CancelRequest, call: Call) -> CancelResponse:
+        """Raises NotFound(UNKNOWN_REQUEST), DeadlineExceeded when its target does not close it."""
+        admission.check_request_id(request.request_id)
+        opener = Opener(await self._log_of(request.request_id))
+        final = await settle(opener, opener.cancel("the client asked for it"), self._journal)
+        if isinstance(final, ClosedAlready):
+            return CancelResponse(reason=final.reason)
+        reason = await self._closed(request.request_id, min(CANCEL_WAIT_S, call.remaining()))
+        return CancelResponse(reason=reason)
+
+    async def GetReceipt(self, request: GetReceiptRequest, call: Call) -> GetReceiptResponse:
+        """Raises NotFound(UNKNOWN_REQUEST), FailedPrecondition(NOT_ENDED or NO_RECEIPT)."""
+        admission.check_request_id(request.request_id)
+        entries = await self._journal.read(subject_of(request.request_id))
+        if not entries:
+            kept = await self._receipts.stored(request.request_id)
+            if kept is None:
+                raise _unknown(request.request_id)
+            return GetReceiptResponse(receipt=kept)
+        log = _replayed(request.request_id, entries)
+        if log.closed is None:
+            raise FailedPrecondition(
+                f"request {request.request_id} has not ended", reason="NOT_ENDED", help="resume it, or wait"
+            )
+        if not log.closed.receipt_sha256:
+            raise FailedPrecondition(f"request {request.request_id} ended without a receipt", reason="NO_RECEIPT")
+        return GetReceiptResponse(receipt=await self._receipts.of(log))
+
+    async def GetInfo(self, request: GetInfoRequest, call: Call) -> GetInfoResponse:
+        return GetInfoResponse(models=self._models(), version=__version__)
+
+    def _models(self) -> list[ModelInfo]:
+        """One for each name, of the live targets."""
+        targets = sorted(self._context.registry.live("target"), key=lambda target: target.instance)
+        return list({target.model.name: target.model for target in targets}.values())
+
+    async def _open(self, request_id: str, request: GenerateRequest) -> Opener:
+        """Check the request and write its first record."""
+        model = admission.choose_model(request.model, self._models())
+        admission.check(request, model)
+        prompt = await self._prompt(request)
+        admission.check_length(prompt, request.sampling, model)
+        now = _wall_ms()
+        timeout_ms = min(request.timeout_ms or self._config.default_timeout_ms, self._config.max_timeout_ms)
+        opener = Opener(LogState(request_id))
+        effect = opener.open(
+            Opened(
+                model=model.name,
+                weights_sha256=model.weights_sha256,
+                prompt_token_ids=prompt,
+                sampling=request.sampling,
+                drafting=request.drafting,
+                deadline_unix_ms=now + timeout_ms,
+                tenant=request.tenant or DEFAULT_TENANT,
+                opened_unix_ms=now,
+                salt_key=os.urandom(32),
+            )
+        )
+        try:
+            await settle(opener, effect, self._journal)
+        except RequestIdTaken as error:
+            raise AlreadyExists(
+                f"request id {request_id} names another request",
+                reason="REQUEST_ID_TAKEN",
+                help="choose another id, or resume that one",
+            ) from error
+        return opener
+
+    async def _prompt(self, request: GenerateRequest) -> Sequence[int]:
+        if request.WhichOneof("prompt") == "token_ids":
+            return request.token_ids.ids
+        reply = await self._bus.call(
+            "tokenizer", "Encode", EncodeRequest(text=request.text), EncodeResponse, timeout=CALL_TIMEOUT_S
+        )
+        return reply.token_ids
+
+    async def _place(self, opener: Opener) -> None:
+        """Assign the request to a target that takes it. A log that is assigned already (a repeated call) is left."""
+        log = opener.log
+        if log.epoch > 0 or log.ended or log.opened is None:
+            return
+        refusal: CountersignError = Unavailable("no target is alive", reason="NO_TARGET", help="try again")
+        for target in candidates(self._context.registry.live("target"), log.opened.weights_sha256):
+            final = await settle(opener, opener.assign(target.instance), self._journal)
+            if not isinstance(final, Settled):
+                return
+            start = StartRequest(request_id=log.request_id, epoch=opener.log.epoch)
+            try:
+                await self._bus.call(
+                    "target", "Start", start, StartResponse, timeout=CALL_TIMEOUT_S, instance=target.instance
+                )
+            except (ResourceExhausted, Unavailable, DeadlineExceeded) as error:
+                refusal = error
+                continue
+            return
+        raise refusal
+
+    async def _cancel_quietly(self, request_id: str, cause: str) -> None:
+        """Nobody waits for the answer any more; the log says so, and the target stops."""
+        try:
+            opener = Opener(await self._log_of(request_id))
+            await settle(opener, opener.cancel(cause), self._journal)
+        except (CountersignError, LogError) as error:
+            self._context.log.warning("request could not be cancelled request=%s error=%s", request_id, error)
+
+    async def _closed(self, request_id: str, patience: float) -> FinishReason.ValueType:
+        """Wait for the target to close the request."""
+        try:
+            async with asyncio.timeout(patience):
+                async for event in self._follower.follow(request_id, 0):
+                    if event.HasField("finished"):
+                        return event.finished.reason
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"request {request_id} is cancelled, but its target has not closed it",
+                reason="TARGET_SILENT",
+                help="nothing more is committed; its receipt will follow if the target lives",
+            ) from error
+        raise DataLoss(f"the log of request {request_id} ends without Closed")
+
+    async def _log_of(self, request_id: str) -> LogState:
+        entries = await self._journal.read(subject_of(request_id))
+        if not entries:
+            raise _unknown(request_id)
+        return _replayed(request_id, entries)
+
+    def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _replayed(request_id: str, entries: Sequence[Entry]) -> LogState:
+    try:
+        return replay(request_id, entries)
+    except LogError as error:
+        raise DataLoss(f"the log of request {request_id} is damaged: {error}") from error
+
+
+def _unknown(request_id: str) -> NotFound:
+    return NotFound(
+        f"there is no request {request_id}", reason="UNKNOWN_REQUEST", help="check the id; logs are kept for a set time"
+    )
+
+
+async def create(context: Context) -> RouterService:
+    """A router needs nothing but the bus."""
+    return RouterService(context)
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,137 @@
+"""Brings a session's passes into its log, then its receipt, then closes it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from countersign.services.protocol.commit import LogState
+from countersign.services.protocol.driver import Final, settle
+from countersign.services.protocol.errors import ProtocolError
+from countersign.services.protocol.events import Append, CancelledByClient, ReadTail, Settled
+from countersign.services.runtime.errors import CountersignError, DeadlineExceeded, Unavailable
+from countersign.services.runtime.journal import Journal, WrongSequence
+from countersign.services.target.receipts import ReceiptMaker
+from countersign.services.target.session import Session
+from countersign.v1.sampling_pb2 import FinishReason
+from countersign.verify.errors import VerificationError
+from countersign.verify.receipt import receipt_digest
+
+T = TypeVar("T")
+
+RETRY_S = 0.2
+GIVE_UP_S = 60.0
+PUBLISH_TIMEOUT_S = 5.0
+
+
+def receipt_subject(request_id: str) -> str:
+    """Where a request's receipt is kept."""
+    return f"cs.v1.receipt.{request_id}"
+
+
+class Committer:
+    """One task a session: ``run`` appends what the verifier puts in ``session.uncommitted``, until the log is closed.
+
+    ``wake`` is called whenever the session may take part in a pass again, or is done.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        receipts: ReceiptMaker,
+        wall_ms: Callable[[], int],
+        wake: Callable[[], None],
+        log: logging.Logger,
+    ) -> None:
+        self._journal = journal
+        self._receipts = receipts
+        self._wall_ms = wall_ms
+        self._wake = wake
+        self._log = log
+
+    async def run(self, session: Session, changed: asyncio.Event) -> None:
+        """Commit until the end. ``changed`` is set whenever a pass was added or ``finish`` was set."""
+        try:
+            if await self._extend(session, changed):
+                await self._close(session)
+        except (CountersignError, ProtocolError, VerificationError):
+            # The log is the truth and is left as it is: another epoch can go on from there.
+            self._log.exception("request is dropped request=%s", session.request_id)
+        finally:
+            session.done = True
+            self._wake()
+
+    async def _extend(self, session: Session, changed: asyncio.Event) -> bool:
+        """Append pass by pass; True when the log is ours to close."""
+        writer = session.writer
+        first = True
+        while session.uncommitted or session.finish is None:
+            if not session.uncommitted:
+                changed.clear()
+                await changed.wait()
+                continue
+            sampled = session.uncommitted[0]
+            effect = writer.extend(
+                sampled.token_ids,
+                drafted=sampled.drafted,
+                accepted=sampled.accepted,
+                cached_prompt_tokens=session.cached_tokens if first else 0,
+            )
+            first = False
+            final = await self._settle(session, effect)
+            if isinstance(final, CancelledByClient):
+                session.cancel()
+                return True
+            session.uncommitted.popleft()
+            self._wake()
+            if not isinstance(final, Settled):
+                self._log.info("request went elsewhere request=%s to=%r", session.request_id, final)
+                return False
+        return True
+
+    async def _close(self, session: Session) -> None:
+        """Receipt, then Closed. A cancel that comes in between wins: then once more, as cancelled."""
+        writer = session.writer
+        while session.finish is not None:
+            reason = session.finish
+            digest = await self._receipt(session, writer.log, reason)
+            final = await self._settle(session, writer.close(reason, receipt_sha256=digest, message=session.message))
+            if not isinstance(final, CancelledByClient):
+                return
+            session.cancel()
+
+    async def _receipt(self, session: Session, log: LogState, reason: FinishReason.ValueType) -> bytes:
+        """Make and store the receipt of the log as it stands; its digest."""
+        data = self._receipts.make(log, reason, session.started_unix_ms, self._wall_ms())
+        subject = receipt_subject(session.request_id)
+
+        async def publish() -> int:
+            last = await self._journal.last(subject)
+            expected = last.sequence if last is not None else 0
+            return await self._journal.append(subject, data, expected=expected, timeout=PUBLISH_TIMEOUT_S)
+
+        await self._patiently(publish)
+        return receipt_digest(data)
+
+    async def _settle(self, session: Session, effect: Append | None) -> Final:
+        writer, first = session.writer, [effect]
+
+        def go_on() -> Awaitable[Final]:
+            return settle(writer, first.pop() if first else ReadTail(writer.log.sequence), self._journal)
+
+        return await self._patiently(go_on)
+
+    async def _patiently(self, action: Callable[[], Awaitable[T]]) -> T:
+        """Try again while the log cannot be reached. Raises the last error after ``GIVE_UP_S``."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + GIVE_UP_S
+        while True:
+            try:
+                return await action()
+            except (Unavailable, DeadlineExceeded, WrongSequence) as error:
+                if loop.time() > give_up:
+                    raise
+                self._log.warning("the log does not answer, trying again error=%s", error.reason)
+            await asyncio.sleep(RETRY_S)

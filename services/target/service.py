@@ -1,0 +1,205 @@
+"""The target service: takes requests over from their logs and answers into them."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from countersign import __version__
+from countersign.services.engine.config import ModelConfig
+from countersign.services.engine.kv import PagedCache
+from countersign.services.engine.sampling import Sampling
+from countersign.services.engine.text import Tokenizer
+from countersign.services.protocol.commit import replay
+from countersign.services.protocol.driver import subject_of
+from countersign.services.protocol.errors import LogError, NotOwner
+from countersign.services.protocol.events import CancelledByClient
+from countersign.services.protocol.writer import Writer
+from countersign.services.runtime.errors import DataLoss, FailedPrecondition, ResourceExhausted
+from countersign.services.runtime.journal import Journal
+from countersign.services.runtime.service import Call, Context
+from countersign.services.target.committer import Committer
+from countersign.services.target.drafts import Drafts
+from countersign.services.target.loop import TargetLoop
+from countersign.services.target.prefixes import Prefixes
+from countersign.services.target.receipts import ReceiptMaker
+from countersign.services.target.session import Session
+from countersign.services.target.stopping import Stopper
+from countersign.services.target.verifier import Verifier
+from countersign.v1 import target_pb2
+from countersign.v1.commit_pb2 import Opened
+from countersign.v1.registry_pb2 import Instance
+from countersign.v1.router_pb2 import ModelInfo
+from countersign.v1.target_pb2 import StartRequest, StartResponse
+from countersign.verify.keys import load_or_create_signing_key, write_public
+
+QUEUE_FACTOR = 4
+# Layout of an exported block (engine/kv.py); another layout gets another name, and so other keys.
+CACHE_FORMAT = "layers-kv-tokens-heads-size/1"
+
+
+class TargetService:
+    """``Start`` makes a session of a log; ``run`` works on the sessions."""
+
+    descriptor: ServiceDescriptor = target_pb2.DESCRIPTOR.services_by_name["TargetService"]
+
+    def __init__(
+        self,
+        instance: str,
+        info: ModelInfo,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        cache: PagedCache,
+        journal: Journal,
+        loop: TargetLoop,
+        committer: Committer,
+        *,
+        queue: int,
+    ) -> None:
+        self._instance = instance
+        self._info = info
+        self._config = config
+        self._tokenizer = tokenizer
+        self._cache = cache
+        self._journal = journal
+        self._loop = loop
+        self._committer = committer
+        self._queue = queue
+
+    async def run(self) -> None:
+        await self._loop.run(self._committer)
+
+    async def close(self) -> None:
+        await self._loop.close()
+
+    def describe(self, instance: Instance) -> None:
+        instance.model.CopyFrom(self._info)
+        instance.active_requests = self._loop.sessions
+
+    async def Start(self, request: StartRequest, call: Call) -> StartResponse:
+        """Raises FailedPrecondition when the log gives the request to another or asks for other weights,
+        ResourceExhausted when the queue is full, DataLoss when the log is not as the protocol says."""
+        if self._loop.holds(request.request_id):
+            return StartResponse()
+        if self._loop.sessions >= self._queue:
+            raise ResourceExhausted(
+                f"target {self._instance} has {self._queue} requests already",
+                reason="TARGET_FULL",
+                help="try again later",
+            )
+        writer = await self._take_over(request)
+        session = self._session(writer, self._opened(writer))
+        if isinstance(writer.stop, CancelledByClient):
+            session.cancel()
+        if writer.log.closed is None:
+            self._loop.add(session)
+        return StartResponse(sequence=writer.log.sequence)
+
+    async def _take_over(self, request: StartRequest) -> Writer:
+        entries = await self._journal.read(subject_of(request.request_id))
+        try:
+            log = replay(request.request_id, entries)
+            return Writer(log, epoch=request.epoch, instance=self._instance)
+        except NotOwner as error:
+            raise FailedPrecondition(f"request {request.request_id}: {error}", reason="NOT_OWNER") from error
+        except LogError as error:
+            raise DataLoss(f"the log of request {request.request_id} is damaged: {error}") from error
+
+    def _opened(self, writer: Writer) -> Opened:
+        opened = writer.log.opened
+        if opened is None or opened.weights_sha256 != self._info.weights_sha256:
+            raise FailedPrecondition(
+                f"request {writer.log.request_id} asks for other weights than those of {self._info.name}",
+                reason="OTHER_WEIGHTS",
+                help="start it on a target that serves them",
+            )
+        return opened
+
+    def _session(self, writer: Writer, opened: Opened) -> Session:
+        params = opened.sampling
+        prompt, committed = list(opened.prompt_token_ids), list(writer.log.token_ids)
+        end = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._config.end_token_ids)
+        stopper = Stopper(end, params.max_tokens, tuple(params.stop), self._tokenizer)
+        stopper.prompt(prompt)
+        session = Session(
+            request_id=writer.log.request_id,
+            opened=opened,
+            writer=writer,
+            sequence=self._cache.sequence(),
+            sampling=Sampling(
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p if params.HasField("top_p") else 1.0,
+                seed=params.seed,
+            ),
+            stopper=stopper,
+            tokens=prompt + committed,
+            started_unix_ms=_wall_ms(),
+        )
+        # An earlier epoch may have committed the last token and died before it closed the log.
+        _, reason = stopper.take(committed)
+        if reason is not None:
+            session.end(reason)
+        return session
+
+
+async def create(context: Context) -> TargetService:
+    """Load the model of ``target.model`` and the signing key, which is made at the first start.
+
+    Raises CheckpointError when the folder is not understood, KeyFileError when the key cannot be read.
+    """
+    import torch
+
+    from countersign.services.engine.model import load_model
+
+    config = context.config.target
+    torch.set_num_threads(config.threads)
+    model = load_model(config.model, dtype=config.dtype)
+    cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
+    key = load_or_create_signing_key(context.config.data_dir / "keys" / "receipts.key")
+    write_public(context.config.data_dir / "keys" / "receipts.pub", key.public_key())
+    info = ModelInfo(
+        name=Path(config.model).name,
+        weights_sha256=model.digests.weights,
+        tokenizer_sha256=model.digests.tokenizer,
+        config_sha256=model.digests.config,
+        context_length=min(model.config.context_length, config.cache_tokens),
+        vocabulary_size=model.config.vocabulary_size,
+        dtype=config.dtype,
+        receipt_key=key.public_key().public_bytes_raw(),
+        drafting=context.config.draft.enabled,
+    )
+    build = f"countersign/{__version__} torch/{torch.__version__} python/{platform.python_version()}"
+    prefixes = None
+    if config.kv_store:
+        prefixes = Prefixes(context.bus, context.instance, info.weights_sha256, f"{CACHE_FORMAT}/{config.dtype}", context.log)
+    loop = TargetLoop(
+        Verifier(model, cache),
+        cache,
+        Drafts(context.bus, context.config.draft.tokens, model.config.vocabulary_size, time.monotonic, context.log),
+        prefixes,
+        capacity_tokens=config.cache_tokens,
+        max_sequences=config.max_sequences,
+        chunk=config.prefill_chunk,
+        wall_ms=_wall_ms,
+        log=context.log,
+    )
+    committer = Committer(context.journal, ReceiptMaker(key, info, build), _wall_ms, loop.wake, context.log)
+    return TargetService(
+        context.instance,
+        info,
+        model.config,
+        Tokenizer(config.model),
+        cache,
+        context.journal,
+        loop,
+        committer,
+        queue=config.max_sequences * QUEUE_FACTOR,
+    )
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000

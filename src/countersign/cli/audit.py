@@ -1,0 +1,225 @@
+"""``countersign audit RECEIPT`` and ``countersign receipt show RECEIPT``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from countersign.services.runtime.errors import CountersignError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from rich.console import Console
+
+    from countersign.services.runtime.config import Config
+    from countersign.verify.audit import AuditReport, Dtype
+    from countersign.verify.difr import Reference
+    from countersign.verify.receipt import SignedReceipt
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 2}
+_STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+_WORDS = {"pass": "PASS", "fail": "FAIL", "inconclusive": "NOT CHECKABLE"}
+_LABEL_WIDTH = 8 + max(map(len, _WORDS.values()))
+
+
+class LevelName(StrEnum):
+    FORM = "form"
+    COUNT = "count"
+    TOKENS = "tokens"
+
+
+class _Unreadable(Exception):
+    """A file that was named cannot be used, so nothing can be said about the receipt."""
+
+
+ReceiptArgument = Annotated[Path, typer.Argument(help="File with a signed receipt.", metavar="RECEIPT")]
+
+
+def audit(
+    receipt: ReceiptArgument,
+    *,
+    key: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Public key to trust (PEM, raw or hex); the stack's own by default. Repeatable.", metavar="FILE"
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the reference weights; the demo target by default.", metavar="FOLDER")
+    ] = None,
+    level: Annotated[
+        list[LevelName] | None, typer.Option(help="Check up to this level; all levels by default. Repeatable.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Data folder of the stack that signed (.countersign).", metavar="FOLDER")
+    ] = None,
+) -> None:
+    """Check a receipt: signature, counts, every token. Exits 0 if it holds, 1 if not, 2 if that cannot be checked."""
+    try:
+        report = _report(receipt, key, model, level, data_dir)
+    except _Unreadable as error:
+        if json_:
+            print(json.dumps({"verdict": "inconclusive", "levels": [], "error": str(error)}))
+        else:
+            print(f"countersign: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_CODES["inconclusive"]) from None
+    if json_:
+        print(json.dumps({"verdict": report.verdict, "levels": [dataclasses.asdict(part) for part in report.levels]}))
+    else:
+        _print_report(receipt, report)
+    raise typer.Exit(EXIT_CODES[report.verdict])
+
+
+def show(
+    receipt: ReceiptArgument,
+    *,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print what a receipt claims, without checking any of it."""
+    from countersign.verify.errors import VerificationError
+    from countersign.verify.receipt import parse
+
+    try:
+        claims = _claims(parse(_read(receipt)))
+    except _Unreadable as error:
+        print(f"countersign: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_CODES["inconclusive"]) from None
+    except VerificationError as error:
+        print(f"countersign: {receipt} is no receipt: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_CODES["fail"]) from None
+    if json_:
+        print(json.dumps(claims))
+        return
+    print(f"UNVERIFIED: this is what the file claims; check it with: countersign audit {receipt}")
+    for line in _lines(claims, 0):
+        print(line)
+
+
+def _report(
+    receipt: Path, key: list[Path] | None, model: Path | None, level: Sequence[LevelName] | None, data_dir: Path | None
+) -> AuditReport:
+    from countersign.verify.audit import LEVELS, audit
+
+    config = _config(data_dir)
+    return audit(
+        _read(receipt),
+        trusted_keys=_trusted_keys(key, config),
+        reference=partial(_load_reference, model or config.auditor.model),
+        levels=[name.value for name in level] if level else LEVELS,
+    )
+
+
+def _load_reference(folder: Path, dtype: Dtype) -> Reference:
+    from countersign.verify.difr import load_reference  # torch takes seconds to import; only the tokens level needs it
+
+    return load_reference(folder, dtype)
+
+
+def _config(data_dir: Path | None) -> Config:
+    from countersign.services.runtime.config import load
+
+    try:
+        return load(None, os.environ, [] if data_dir is None else [f"data_dir={data_dir}"])
+    except CountersignError as error:
+        raise _Unreadable(str(error)) from error
+
+
+def _trusted_keys(files: list[Path] | None, config: Config) -> list[Ed25519PublicKey]:
+    """The keys named, else the one of the stack whose data folder this is, else none."""
+    from countersign.verify.errors import KeyFileError
+    from countersign.verify.keys import load_public
+
+    default = config.data_dir / "keys" / "receipts.pub"
+    try:
+        return [load_public(file) for file in files or ([default] if default.exists() else [])]
+    except KeyFileError as error:
+        raise _Unreadable(str(error)) from error
+
+
+def _read(path: Path) -> bytes:
+    """The file's bytes, at most one more than a receipt may have: the verifier then says that it is too large."""
+    from countersign.verify.receipt import MAX_RECEIPT_BYTES
+
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_RECEIPT_BYTES + 1)
+    except OSError as error:
+        raise _Unreadable(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _print_report(path: Path, report: AuditReport) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if report.receipt is None:
+        _line(console, "", str(path))
+    else:
+        receipt = report.receipt.receipt
+        request, output = receipt.request, receipt.output
+        what = f"{receipt.request_id}: {receipt.model.name} in {receipt.model.dtype}"
+        counts = (
+            f"{request.prompt_tokens} prompt tokens, {output.tokens} output tokens, ended by {output.finish_reason}"
+        )
+        _line(console, "", f"{what}, {counts}")
+    for level in report.levels:
+        _line(console, level.level, level.summary, level.outcome)
+    _line(console, _WORDS[report.verdict], _conclusion(report), report.verdict, bold=True)
+
+
+def _conclusion(report: AuditReport) -> str:
+    if report.verdict == "fail":
+        return "the receipt or its answer is not what it claims to be. Keep the file: it is the evidence."
+    if report.verdict == "inconclusive":
+        open_levels = [level for level in report.levels if level.outcome == "inconclusive"]
+        advice = "; ".join(dict.fromkeys(level.help for level in open_levels if level.help))
+        return "nothing wrong was found, but not everything could be checked" + (f": {advice}." if advice else ".")
+    checked = ", ".join(level.level for level in report.levels)
+    if report.levels[-1].level != "tokens":
+        return f"the receipt holds as far as it was checked ({checked})."
+    return "the answer is what the reference weights give for the signed request."
+
+
+def _line(console: Console, label: str, text: str, outcome: str = "", *, bold: bool = False) -> None:
+    from rich.text import Text
+
+    style = " ".join(("bold" if bold else "", _STYLES.get(outcome, ""))).strip()
+    word = label if bold or not outcome else f"{label:<8}{_WORDS[outcome]}"
+    console.print(Text(f"{word:<{_LABEL_WIDTH}} ", style=style), Text(text), sep="", soft_wrap=True)
+
+
+def _claims(signed: SignedReceipt) -> dict[str, Any]:
+    """All that a receipt says, as JSON can hold it: bytes as hex."""
+    opened = signed.openings
+    claims = {
+        "verified": False,
+        "signer": signed.key_id,
+        "digest": signed.digest,
+        "receipt": dataclasses.asdict(signed.receipt),
+        "openings": None if opened is None else dataclasses.asdict(opened),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(claims, default=bytes.hex))
+    return plain
+
+
+def _lines(value: dict[str, Any], depth: int) -> Iterator[str]:
+    for name, part in value.items():
+        indent = "  " * depth + name
+        if isinstance(part, dict):
+            yield indent
+            yield from _lines(part, depth + 1)
+        elif name.endswith("_unix_ms"):
+            yield f"{indent:<28}{(_EPOCH + timedelta(milliseconds=part)).isoformat(timespec='milliseconds')}"
+        else:
+            yield f"{indent:<28}{part if isinstance(part, str) and part.isprintable() else json.dumps(part)}"

@@ -1,0 +1,291 @@
+"""An async client of the front door.
+
+    async with Client("127.0.0.1:7411") as client:
+        async for event in client.generate("def quicksort("):
+            ...
+
+Every failure is a typed ``CountersignError``. Arguments are checked here only where the wire cannot carry them; all
+other rules are the server's, so that one place knows them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Literal, Self, TypedDict, Unpack
+
+from countersign import wire
+from countersign.events import (
+    Accepted,
+    Answer,
+    Event,
+    Finished,
+    FinishReason,
+    Info,
+    ModelInfo,
+    Token,
+    Tokens,
+    TokenSource,
+    Usage,
+    event_from_wire,
+    info_from_wire,
+    reason_from_wire,
+)
+from countersign.services.runtime.errors import DataLoss, Unavailable
+from countersign.services.runtime.rpc import Channel
+from countersign.v1 import router_pb2, sampling_pb2
+
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "Accepted",
+    "Answer",
+    "Client",
+    "Event",
+    "FinishReason",
+    "Finished",
+    "GenerateOptions",
+    "Info",
+    "ModelInfo",
+    "Token",
+    "TokenSource",
+    "Tokens",
+    "Usage",
+]
+
+DEFAULT_ADDRESS = "127.0.0.1:7411"
+UNARY_TIMEOUT_S = 10.0
+# Every request has a deadline at the server; this only ends a stream whose server has lost it.
+STREAM_TIMEOUT_S = 86_400.0
+# The server ends an answer at its deadline, then signs and sends the receipt.
+RECEIPT_GRACE_S = 10.0
+FIRST_PAUSE_S = 0.1
+
+_SERVICE = "/countersign.v1.RouterService"
+_DRAFTING = {
+    None: sampling_pb2.DRAFTING_UNSPECIFIED,
+    "off": sampling_pb2.DRAFTING_OFF,
+    "model": sampling_pb2.DRAFTING_MODEL,
+}
+_ON_DISCONNECT = {"cancel": router_pb2.ON_DISCONNECT_CANCEL, "continue": router_pb2.ON_DISCONNECT_CONTINUE}
+
+_Stream = AsyncGenerator[router_pb2.GenerateResponse, None] | AsyncGenerator[router_pb2.ResumeResponse, None]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The keyword arguments of ``Client.generate``, which documents them."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    drafting: Literal["model", "off"] | None
+    model: str
+    request_id: str
+    timeout: float | None
+    on_disconnect: Literal["cancel", "continue"]
+    tenant: str
+
+
+class Client:
+    """A connection to one router. ``reconnects`` is how often one answer is resumed after a broken connection."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, reconnects: int = 5) -> None:
+        self._channel = Channel(address)
+        self._reconnects = reconnects
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        drafting: Literal["model", "off"] | None = None,
+        model: str = "",
+        request_id: str = "",
+        timeout: float | None = None,
+        on_disconnect: Literal["cancel", "continue"] = "cancel",
+        tenant: str = "",
+    ) -> AsyncGenerator[Event, None]:
+        """Answer ``prompt``, text or token ids: ``Accepted``, ``Tokens`` as they are committed, then ``Finished``.
+
+        The output is a function of the weights, the prompt and the sampling arguments alone. When ``temperature`` is
+        above 0 and ``seed`` is None, a seed is drawn here from the system's randomness, since the provider must never
+        choose it, and ``Accepted.seed`` tells it. ``timeout`` is the server's deadline in seconds: the answer then ends
+        as it is, with reason DEADLINE.
+
+        Leaving the loop early closes the stream, which cancels the request unless ``on_disconnect`` is "continue" (use
+        ``contextlib.aclosing`` where it must happen at once). With "continue", a connection that breaks after
+        ``Accepted`` is resumed from the last token received.
+
+        Raises:
+            InvalidArgument: a value that the wire cannot carry (at once) or that the server refuses.
+            Unavailable: nobody answers, or the connection broke and was not resumed, or too often.
+            DataLoss: the server left out tokens.
+            CountersignError: whatever else the server answers.
+
+        """
+        if seed is None and temperature > 0:
+            seed = secrets.randbits(64)
+        request = router_pb2.GenerateRequest(
+            request_id=wire.text("request_id", request_id),
+            model=wire.text("model", model),
+            sampling=sampling_pb2.SamplingParams(
+                temperature=temperature,
+                top_k=wire.unsigned("top_k", top_k, 32),
+                top_p=top_p,
+                seed=None if seed is None else wire.unsigned("seed", seed, 64),
+                max_tokens=wire.unsigned("max_tokens", max_tokens, 32),
+                stop_token_ids=[wire.unsigned("stop_token_ids", token, 32) for token in stop_token_ids],
+                stop=[wire.text("stop", string) for string in ([stop] if isinstance(stop, str) else stop)],
+                ignore_eos=ignore_eos,
+            ),
+            drafting=wire.one_of("drafting", drafting, _DRAFTING),
+            timeout_ms=0 if timeout is None else wire.milliseconds("timeout", timeout),
+            on_disconnect=wire.one_of("on_disconnect", on_disconnect, _ON_DISCONNECT),
+            tenant=wire.text("tenant", tenant),
+        )
+        if isinstance(prompt, str):
+            request.text = wire.text("prompt", prompt)
+        else:
+            request.token_ids.ids.extend(wire.unsigned("prompt", token, 32) for token in prompt)
+        method, limit = f"{_SERVICE}/Generate", STREAM_TIMEOUT_S if timeout is None else timeout + RECEIPT_GRACE_S
+        stream = self._channel.stream(method, request, router_pb2.GenerateResponse, timeout=limit)
+        return self._answer(stream, _Progress(seed), goes_on=on_disconnect == "continue")
+
+    def resume(self, request_id: str, position: int = 0) -> AsyncGenerator[Event, None]:
+        """The events of a request that exists, from output token ``position`` on. A broken connection is resumed.
+
+        Raises as ``generate``; NotFound for an unknown request.
+        """
+        request_id = wire.text("request_id", request_id)
+        position = wire.unsigned("position", position, 32)
+        stream = self._resume(request_id, position)
+        return self._answer(stream, _Progress(request_id=request_id, position=position), goes_on=True)
+
+    async def complete(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Answer:
+        """The whole answer at once. Arguments and errors as ``generate``."""
+        accepted, tokens, finished = Accepted("", "", 0), list[Token](), Finished(FinishReason.UNKNOWN, Usage(), b"")
+        async with aclosing(self.generate(prompt, **options)) as events:
+            async for event in events:
+                match event:
+                    case Accepted():
+                        accepted = event
+                    case Tokens():
+                        tokens += event.tokens
+                    case Finished():
+                        finished = event
+        return Answer(
+            request_id=accepted.request_id,
+            text="".join(token.text for token in tokens),
+            tokens=tuple(tokens),
+            finish=finished.reason,
+            usage=finished.usage,
+            receipt=finished.receipt,
+            seed=accepted.seed,
+            message=finished.message,
+        )
+
+    async def cancel(self, request_id: str) -> FinishReason:
+        """End a request; what is committed stands. Tells why it ended: it may have had another reason before."""
+        request = router_pb2.CancelRequest(request_id=wire.text("request_id", request_id))
+        reply = await self._channel.unary(f"{_SERVICE}/Cancel", request, router_pb2.CancelResponse, UNARY_TIMEOUT_S)
+        return reason_from_wire(reply.reason)
+
+    async def receipt(self, request_id: str) -> bytes:
+        """The signed receipt of a request that has ended, with its openings."""
+        request = router_pb2.GetReceiptRequest(request_id=wire.text("request_id", request_id))
+        method = f"{_SERVICE}/GetReceipt"
+        reply = await self._channel.unary(method, request, router_pb2.GetReceiptResponse, UNARY_TIMEOUT_S)
+        return reply.receipt
+
+    async def info(self) -> Info:
+        """What the deployment serves."""
+        request = router_pb2.GetInfoRequest()
+        reply = await self._channel.unary(f"{_SERVICE}/GetInfo", request, router_pb2.GetInfoResponse, UNARY_TIMEOUT_S)
+        return info_from_wire(reply)
+
+    def _resume(self, request_id: str, position: int) -> AsyncGenerator[router_pb2.ResumeResponse, None]:
+        request = router_pb2.ResumeRequest(request_id=request_id, position=position)
+        return self._channel.stream(f"{_SERVICE}/Resume", request, router_pb2.ResumeResponse, STREAM_TIMEOUT_S)
+
+    async def _answer(self, stream: _Stream, progress: _Progress, goes_on: bool) -> AsyncGenerator[Event, None]:
+        """The events of one answer over as many streams as it takes and ``reconnects`` allows."""
+        for attempt in range(self._reconnects + 1):
+            try:
+                async with aclosing(stream):
+                    async for message in stream:
+                        for event in progress.take(message.event):
+                            yield event
+                progress.require_finished()
+            except Unavailable:
+                if not (goes_on and progress.request_id) or attempt == self._reconnects:
+                    raise
+            else:
+                return
+            await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
+            stream = self._resume(progress.request_id, progress.position)
+
+
+class _Progress:
+    """Makes one answer of several streams: what came before is dropped, what is missing is noticed."""
+
+    def __init__(self, seed: int | None = None, request_id: str = "", position: int = 0) -> None:
+        self._seed = seed
+        self._accepted = False
+        self.request_id = request_id
+        self.position = position
+        self._finished = False
+
+    def take(self, message: router_pb2.StreamEvent) -> Iterator[Event]:
+        """The event, if there is anything new in it.
+
+        Raises:
+            DataLoss: reason GAP, tokens are missing before it.
+
+        """
+        event = event_from_wire(message, self._seed)
+        match event:
+            case Accepted():
+                if not self._accepted:
+                    yield event
+                self.request_id, self._accepted = event.request_id, True
+            case Tokens():
+                tokens = event.tokens[max(0, self.position - event.position) :]
+                if event.position > self.position:
+                    raise DataLoss(f"output tokens {self.position} to {event.position - 1} never came", reason="GAP")
+                if tokens:
+                    event = Tokens(self.position, tokens)
+                    self.position += len(tokens)
+                    yield event
+            case Finished():
+                self._finished = True
+                yield event
+
+    def require_finished(self) -> None:
+        """Raises Unavailable(STREAM_ENDED)."""
+        if not self._finished:
+            raise Unavailable("the router ended the stream before the answer was final", reason="STREAM_ENDED")

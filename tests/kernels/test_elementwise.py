@@ -1,0 +1,41 @@
+"""SwiGLU and rotary embedding against their equations, and an element's bits against its surroundings."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from countersign.kernels.rotary import rotate
+from countersign.kernels.swiglu import swiglu
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+def test_swiglu_follows_its_equation_and_survives_extreme_gates() -> None:
+    gate_up = torch.tensor([[0.0, 1.0, -1.0, 100.0, -100.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    assert torch.allclose(swiglu(gate_up).double(), gate / (1 + torch.exp(-gate)) * up, rtol=1e-6, atol=1e-30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 400), first=st.integers(0, 200), rows=st.integers(1, 56))
+def test_swiglu_gives_an_element_the_same_bits_in_any_batch(size: int, first: int, rows: int) -> None:
+    gate_up = normal(256, 2 * size)
+    part = slice(first, first + rows)
+    assert torch.equal(swiglu(gate_up[part].contiguous()), swiglu(gate_up)[part])
+
+
+@pytest.mark.parametrize("size", [2, 6, 64])
+def test_rotation_turns_each_pair_by_its_angle(size: int) -> None:
+    x, angles = normal(3, 2, size), normal(3, 1, size // 2)
+    cos, sin = torch.cos(angles).repeat(1, 1, 2), torch.cat((-torch.sin(angles), torch.sin(angles)), dim=-1)
+    turned = rotate(x, cos, sin)
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+    assert torch.allclose(turned, torch.cat((pairs.real, pairs.imag), dim=-1), atol=1e-5)
+    assert math.isclose(float(turned.norm()), float(x.norm()), rel_tol=1e-6)

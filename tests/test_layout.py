@@ -1,0 +1,78 @@
+"""The house: links in place, contracts fresh, everything importable from a wheel."""
+
+import subprocess
+import sys
+import zipfile
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+import countersign
+
+PACKAGE = "src/countersign"
+LINKED = ("services", "kernels", "verify")
+
+
+@pytest.mark.parametrize("folder", LINKED)
+def test_the_package_holds_a_link_to_each_folder_of_code(root: Path, folder: str) -> None:
+    link = root / PACKAGE / folder
+    assert link.is_symlink()
+    assert link.samefile(root / folder)
+
+
+def test_every_folder_with_code_is_a_package(root: Path) -> None:
+    folders = {path.parent for name in LINKED for path in (root / name).rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_package_here_is_the_one_under_test(root: Path) -> None:
+    assert Path(countersign.__file__).samefile(root / PACKAGE / "__init__.py")
+
+
+def test_the_generated_code_is_what_the_contracts_give(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(root / "protos" / "generate.py"), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    fresh = {path.name: path.read_bytes() for path in (tmp_path / "countersign" / "v1").iterdir()}
+    here = root / PACKAGE / "v1"
+    committed = {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}
+    assert sorted(fresh) == sorted(committed)
+    stale = [name for name, content in fresh.items() if committed[name] != content]
+    assert stale == [], "run `make protos` and commit what it writes"
+
+
+def test_a_wheel_holds_every_module_of_the_checkout(root: Path, tmp_path: Path) -> None:
+    # Through an sdist, as `python -m build` does: a stale build folder cannot hide what is missing.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(root)]
+    if util.find_spec("setuptools") is None:
+        pytest.fail("setuptools must be installed to build without isolation")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    expected = {
+        "countersign/" + path.relative_to(root / PACKAGE).as_posix()
+        for top in (root / PACKAGE, *(root / PACKAGE / folder for folder in LINKED))
+        for path in top.rglob("*.py")
+    }
+    assert expected <= packed
+
+
+def test_the_wheel_runs_without_the_checkout(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path), str(root)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "import importlib, pkgutil, countersign;"
+        "assert countersign.__file__.startswith(sys.argv[1]), countersign.__file__;"
+        "names = [m.name for m in pkgutil.walk_packages(countersign.__path__, 'countersign.')];"
+        "[importlib.import_module(n) for n in names if not n.endswith('__main__')];"
+        "print(len(names))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "site")], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 60

@@ -1,0 +1,136 @@
+"""The audit of one receipt, level by level.
+
+    form     signed by a trusted key, and not nonsense                ReceiptVerifier.form
+    count    the disclosed answer is the one signed and billed        ReceiptVerifier.count
+    tokens   each token is what the reference weights sample          difr
+
+A level stands on those before it, so asking for one runs these too. A level that fails ends the audit. One that cannot
+be checked does not: what comes after it is still worth knowing, but the verdict is then inconclusive at best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from countersign.verify.errors import NotCheckable, VerificationError
+from countersign.verify.receipt import Openings, ReceiptVerifier, SignedReceipt, parse
+
+if TYPE_CHECKING:
+    from countersign.verify.difr import Reference
+
+Level = Literal["form", "count", "tokens"]
+Outcome = Literal["pass", "fail", "inconclusive"]
+Dtype = Literal["fp32", "bf16"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+_SEVERITY: tuple[Outcome, ...] = ("pass", "inconclusive", "fail")
+
+
+@dataclass(frozen=True, slots=True)
+class LevelReport:
+    """How one level ended: a sentence for people, figures by name, and what to do where it could not be checked."""
+
+    level: Level
+    outcome: Outcome
+    summary: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+    help: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """The verdict is the worst of the levels. ``receipt`` is what was read, if it could be read."""
+
+    verdict: Outcome
+    levels: tuple[LevelReport, ...]
+    receipt: SignedReceipt | None = None
+
+
+def audit(
+    data: bytes,
+    *,
+    trusted_keys: Iterable[Ed25519PublicKey],
+    reference: Callable[[Dtype], Reference] | None,
+    levels: Collection[Level] = LEVELS,
+) -> AuditReport:
+    """Audits a receipt; never raises for what the bytes hold.
+
+    Args:
+        data: The receipt with or without openings.
+        trusted_keys: Keys whose signature counts. Without any, the form level is inconclusive.
+        reference: Gives the reference model in the dtype that the receipt declares; called only for the tokens
+            level. May raise NotCheckable.
+        levels: The levels asked for; those before the last of them run too.
+    """
+    auditor = _Audit(data, ReceiptVerifier(trusted_keys), reference)
+    wanted = LEVELS[: max((LEVELS.index(level) for level in levels), default=len(LEVELS) - 1) + 1]
+    reports: list[LevelReport] = []
+    for level in wanted:
+        reports.append(_outcome_of(level, auditor))
+        if reports[-1].outcome == "fail":
+            break
+    verdict = max((report.outcome for report in reports), key=_SEVERITY.index)
+    return AuditReport(verdict, tuple(reports), auditor.signed)
+
+
+def _outcome_of(level: Level, auditor: _Audit) -> LevelReport:
+    run = {"form": auditor.form, "count": auditor.count, "tokens": auditor.tokens}[level]
+    try:
+        return run()
+    except NotCheckable as error:
+        return LevelReport(level, "inconclusive", str(error), help=error.help)
+    except VerificationError as error:
+        return LevelReport(level, "fail", str(error))
+
+
+class _Audit:
+    """What the levels hand on to each other."""
+
+    def __init__(self, data: bytes, verifier: ReceiptVerifier, reference: Callable[[Dtype], Reference] | None) -> None:
+        self._data = data
+        self._verifier = verifier
+        self._reference = reference
+        self._openings: Openings | None = None
+        self.signed: SignedReceipt | None = None
+
+    def form(self) -> LevelReport:
+        self.signed = parse(self._data)
+        self.signed = self._verifier.form(self._data)
+        signer = self.signed.key_id.hex()[:16]
+        return LevelReport("form", "pass", f"signed by trusted key {signer}, well formed and without contradiction")
+
+    def count(self) -> LevelReport:
+        if self.signed is None:
+            raise NotCheckable("the receipt was not read")
+        self._openings = self._verifier.count(self.signed)
+        prompt, output = len(self._openings.prompt_token_ids), len(self._openings.output_token_ids)
+        figures = {"prompt_tokens": float(prompt), "output_tokens": float(output)}
+        return LevelReport(
+            "count", "pass", f"the {output} tokens disclosed for a prompt of {prompt} are those signed for", figures
+        )
+
+    def tokens(self) -> LevelReport:
+        if self.signed is None or self._openings is None:
+            raise NotCheckable("the tokens are not disclosed, so there is nothing to compare")
+        if self._reference is None:
+            raise NotCheckable(
+                "no reference model to compare with", help="name the folder of its weights (--model FOLDER)"
+            )
+        from countersign.verify.difr import audit_tokens  # torch takes seconds to import; only this level needs it
+
+        receipt = self.signed.receipt
+        report = audit_tokens(self._reference(receipt.model.dtype), receipt, self._openings)
+        if report.failures:
+            return LevelReport("tokens", "fail", "; ".join(report.failures), report.figures)
+        notes = "".join(f"; not checked: {note}" for note in report.unchecked)
+        return LevelReport("tokens", "pass", _praise(report.figures) + notes, report.figures)
+
+
+def _praise(figures: Mapping[str, float]) -> str:
+    matches, size = figures["exact_matches"], figures["sample_size"]
+    mean, limit = figures["mean_score"], figures["mean_threshold"]
+    return f"{matches:.0f} of {size:.0f} tokens are the reference's own choice, mean score {mean:.4f} (limit {limit:g})"
