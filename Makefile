@@ -29,7 +29,7 @@ test-long: $(STAMP) ## the slow forms of the tests
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
-	@$(BIN)/lint-imports --no-timing >.venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
+	@$(BIN)/lint-imports >.venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
 
 types: $(STAMP)
 	@$(BIN)/mypy --no-error-summary

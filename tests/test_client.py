@@ -155,6 +155,16 @@ async def test_an_answer_is_accepted_then_tokens_then_finished(serve: Callable[.
     assert await collect(connection) == events_of((0, 2), (2, 2))
 
 
+async def test_what_is_not_asked_for_is_left_to_the_deployment(serve: Callable[..., Any]) -> None:
+    connection = await serve(WHOLE)
+    await collect(connection)
+    sampling = sampling_pb2.SamplingParams(max_tokens=64, top_p=1.0)
+    cancel = router_pb2.ON_DISCONNECT_CANCEL
+    assert connection.router.requests == [
+        router_pb2.GenerateRequest(text="def", sampling=sampling, on_disconnect=cancel)
+    ]
+
+
 async def test_every_argument_reaches_the_server(serve: Callable[..., Any]) -> None:
     connection = await serve(WHOLE)
     options: GenerateOptions = {

@@ -41,7 +41,6 @@ __all__ = [
     "Usage",
     "attach",
     "build_output",
-    "disclose",
     "key_id",
     "parse",
     "prompt_digest",
@@ -195,7 +194,7 @@ def strip(data: bytes) -> bytes:
     return replace(unseal(data), openings=None).encode()
 
 
-def disclose(data: bytes, openings: Openings) -> bytes:
+def attach(data: bytes, openings: Openings) -> bytes:
     """The same receipt with these openings, which are checked to be its own.
 
     Raises:
@@ -204,15 +203,6 @@ def disclose(data: bytes, openings: Openings) -> bytes:
     envelope = replace(unseal(data), openings=openings)
     ReceiptVerifier(()).count(_read(envelope))
     return envelope.encode()
-
-
-def attach(data: bytes, openings: Openings) -> bytes:
-    """The same receipt with these openings in place of its own; whether they open it is the verifier's question.
-
-    Raises:
-        Malformed: it cannot be read.
-    """
-    return replace(unseal(data), openings=openings).encode()
 
 
 def receipt_digest(data: bytes) -> bytes:

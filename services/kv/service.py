@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from google.protobuf.descriptor import ServiceDescriptor
@@ -37,22 +36,19 @@ EXPIRY_PERIOD_S = 1.0
 
 
 class KvService:
-    """Handlers over a ``BlockStore``. ``clock`` gives seconds and never goes back."""
+    """Handlers over a ``BlockStore``; ``address`` gives the host:port where Put and Get are served."""
 
     descriptor: ServiceDescriptor = kv_pb2.DESCRIPTOR.services_by_name["KvService"]
 
-    def __init__(
-        self, store: BlockStore, address: Callable[[], str], *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, store: BlockStore, address: Callable[[], str]) -> None:
         self._store = store
         self._address = address
-        self._clock = clock
 
     async def run(self) -> None:
         """Ends what has lapsed, once a second."""
         while True:
             await asyncio.sleep(EXPIRY_PERIOD_S)
-            self._store.expire(now=self._clock())
+            self._store.expire()
 
     async def close(self) -> None:
         """The blocks go with the process: they are a cache."""
@@ -63,7 +59,7 @@ class KvService:
     async def Lookup(self, request: LookupRequest, call: Call) -> LookupResponse:
         """Raises InvalidArgument."""
         ttl = _ttl(request.ttl_ms)
-        found = self._store.lookup(_keys(request.keys), _holder(request.holder), now=self._clock(), ttl=ttl)
+        found = self._store.lookup(_keys(request.keys), _holder(request.holder), ttl=ttl)
         return LookupResponse(found=found, address=self._address())
 
     async def Reserve(self, request: ReserveRequest, call: Call) -> ReserveResponse:
@@ -71,7 +67,7 @@ class KvService:
         ttl, holder = _ttl(request.ttl_ms), _holder(request.holder)
         _count(len(request.blocks))
         places = [_place(block) for block in request.blocks]
-        leases = self._store.reserve(places, holder, now=self._clock(), ttl=ttl)
+        leases = self._store.reserve(places, holder, ttl=ttl)
         return ReserveResponse(leases=leases, address=self._address())
 
     async def Put(self, requests: AsyncIterator[PutRequest], call: Call) -> PutResponse:
@@ -85,14 +81,14 @@ class KvService:
             _count(received)
             _key(request.key)
             block = Stored(request.checksum, request.data)
-            sealed += await self._store.put(request.key, request.lease, block, now=self._clock())
+            sealed += await self._store.put(request.key, request.lease, block)
         return PutResponse(sealed=sealed)
 
     async def Get(self, request: GetRequest, call: Call) -> AsyncIterator[GetResponse]:
-        """Raises InvalidArgument, FailedPrecondition (reason NOT_PINNED) at the first block without the holder's pin."""
+        """Raises InvalidArgument, and FailedPrecondition (reason NOT_PINNED) at the first block without a pin."""
         holder = _holder(request.holder)
         for key in _keys(request.keys):
-            block = self._store.get(key, holder, now=self._clock())
+            block = self._store.get(key, holder)
             yield GetResponse(key=key, checksum=block.checksum, data=block.data)
 
     async def Release(self, request: ReleaseRequest, call: Call) -> ReleaseResponse:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -30,38 +31,42 @@ class Stored:
 
 
 class BlockStore:
-    """At most ``capacity`` bytes of blocks. Times are seconds on one clock; who may do what, the cache protocol says."""
+    """At most ``capacity`` bytes of blocks; who may do what when, the cache protocol says.
 
-    def __init__(self, capacity: int) -> None:
+    ``clock`` gives seconds and never goes back; ``ttl`` is in seconds too.
+    """
+
+    def __init__(self, capacity: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.cache = BlockCache(capacity)
+        self._clock = clock
         self._data: dict[bytes, bytes] = {}
         self.lookups = 0
         self.hits = 0
 
-    def lookup(self, keys: Sequence[bytes], holder: str, *, now: float, ttl: float) -> int:
+    def lookup(self, keys: Sequence[bytes], holder: str, *, ttl: float) -> int:
         """Pins the longest sealed prefix of the chain ``keys`` for ``holder``; its length."""
-        found = self.cache.lookup(keys, holder, now=now, ttl=ttl)
+        found = self.cache.lookup(keys, holder, now=self._clock(), ttl=ttl)
         self.lookups += len(keys)
         self.hits += found
         return found
 
-    def reserve(self, places: Iterable[Place], holder: str, *, now: float, ttl: float) -> list[int]:
+    def reserve(self, places: Iterable[Place], holder: str, *, ttl: float) -> list[int]:
         """A lease for each place, parents first; 0 where there is none to have."""
         leases = []
         for place in places:
-            reserved = self.cache.reserve(place.key, place.parent, place.size, holder, now=now, ttl=ttl)
+            reserved = self.cache.reserve(place.key, place.parent, place.size, holder, now=self._clock(), ttl=ttl)
             self._drop(reserved.dropped)
             leases.append(reserved.lease)
         return leases
 
-    async def put(self, key: bytes, lease: int, block: Stored, *, now: float) -> bool:
+    async def put(self, key: bytes, lease: int, block: Stored) -> bool:
         """Keeps and seals a block; False when its lease does not hold or its parent is not sealed.
 
         Raises:
             InvalidArgument: reason SIZE_MISMATCH: not the size that was reserved.
             DataLoss: reason CHECKSUM_MISMATCH: the bytes are not those that were sent.
         """
-        size = self.cache.reserved(key, lease, now=now)
+        size = self.cache.reserved(key, lease, now=self._clock())
         if size is None:
             return False
         if len(block.data) != size:
@@ -71,19 +76,19 @@ class BlockStore:
         if await asyncio.to_thread(_digest, block.data) != block.checksum:
             text = f"the bytes of block {key.hex()} do not have the checksum that came with them"
             raise DataLoss(text, reason="CHECKSUM_MISMATCH", help="send the block again", key=key.hex())
-        if not self.cache.seal(key, lease, block.checksum, now=now):
+        if not self.cache.seal(key, lease, block.checksum, now=self._clock()):
             return False
         self._data[key] = block.data
         return True
 
-    def get(self, key: bytes, holder: str, *, now: float) -> Stored:
+    def get(self, key: bytes, holder: str) -> Stored:
         """A block that ``holder`` has pinned.
 
         Raises:
             FailedPrecondition: reason NOT_PINNED.
         """
         try:
-            checksum = self.cache.checksum(key, holder, now=now)
+            checksum = self.cache.checksum(key, holder, now=self._clock())
         except NotPinned as error:
             raise FailedPrecondition(
                 f"{holder} has no pin on block {key.hex()}",
@@ -97,9 +102,9 @@ class BlockStore:
         """Ends the holder's pins and leases on ``keys``, or all of them."""
         self._drop(self.cache.release(holder, keys))
 
-    def expire(self, *, now: float) -> None:
+    def expire(self) -> None:
         """Ends what has lapsed."""
-        self._drop(self.cache.expire(now))
+        self._drop(self.cache.expire(self._clock()))
 
     def check_integrity(self) -> None:
         """Compares the bytes with the books.

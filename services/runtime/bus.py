@@ -12,7 +12,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 
 from google.protobuf.message import DecodeError, Message
@@ -114,15 +114,17 @@ class Bus:
     async def close(self) -> None:
         """Stop serving, send what is written, disconnect. Takes a few seconds at most."""
         await self.stop_serving(0)
+        if self._client.is_connected:
+            await self._try(self._client.flush())
+        await self._try(self._client.close())
+        await self._on_close()  # nats-py leaves it out when the last bytes meet a broken connection
+
+    async def _try(self, step: Coroutine[None, None, None]) -> None:
         try:
             async with asyncio.timeout(_CLOSE_S):
-                if self._client.is_connected:
-                    await self._client.flush()
-            async with asyncio.timeout(_CLOSE_S):
-                await self._client.close()
+                await step
         except (TimeoutError, NatsError, OSError) as error:
             _log.warning("the bus closes with messages unsent", extra={"error": repr(error)})
-        await self._on_close()  # nats-py leaves it out when the last bytes meet a broken connection
 
     async def wait_closed(self) -> None:
         """Return when the connection is closed for good: by `close`, or by a server that refuses it."""

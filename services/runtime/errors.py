@@ -24,9 +24,11 @@ from typing import ClassVar
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "countersign"
-# gRPC carries errors in HTTP/2 headers, of which 8 KiB are allowed, and the message twice.
+# Bytes of UTF-8. gRPC carries errors in HTTP/2 headers, of which most peers take 8 KiB: the message once with each byte
+# outside ASCII as three, then all of it in base64.
 _MAX_MESSAGE = 1024
-_MAX_METADATA = 256
+_MAX_HELP = 512
+_MAX_METADATA = 200
 
 
 class CountersignError(Exception):
@@ -52,7 +54,7 @@ class CountersignError(Exception):
         info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=metadata)
         status.details.add().Pack(info)
         if self.help:
-            text = error_details_pb2.LocalizedMessage(locale="en", message=_clip(self.help, _MAX_MESSAGE))
+            text = error_details_pb2.LocalizedMessage(locale="en", message=_clip(self.help, _MAX_HELP))
             status.details.add().Pack(text)
         return status
 
@@ -125,9 +127,10 @@ class Internal(CountersignError):
 
 
 def _clip(text: str, limit: int) -> str:
-    # A lone surrogate, such as from a file name, cannot be sent.
-    text = text.encode(errors="replace").decode()
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    data = text.encode(errors="replace")  # a lone surrogate, such as in a file name, cannot be sent
+    if len(data) <= limit:
+        return data.decode()
+    return data[: limit - 3].decode(errors="ignore") + "…"
 
 
 _BY_CODE: dict[int, type[CountersignError]] = {

@@ -29,6 +29,8 @@ _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
 )
 _DETAILS_KEY = "grpc-status-details-bin"
+# What grpc.aio reports in place of the server's status when a write meets the end of the call.
+_WRITE_FAILED = "Internal error from Core"
 _Headers = tuple[tuple[str, str], ...]
 
 
@@ -39,6 +41,7 @@ class Channel:
 
     - Unavailable: reason UNREACHABLE, naming the address.
     - DeadlineExceeded: no answer within ``timeout`` seconds.
+    - Unavailable: reason STREAM_BROKEN: the server ended a client stream and its reason is lost.
     - ResourceExhausted: a message over 64 MiB.
     - Internal: reason MALFORMED_REPLY.
     """
@@ -137,6 +140,13 @@ def error_of(error: grpc.aio.AioRpcError, address: str) -> CountersignError:
             f"no service answers at {address}: {error.details()}",
             reason="UNREACHABLE",
             help="is it up, and is the address right?",
+            address=address,
+        )
+    if code is grpc.StatusCode.INTERNAL and error.details() == _WRITE_FAILED:
+        return Unavailable(
+            f"{address} ended the call before everything was sent",
+            reason="STREAM_BROKEN",
+            help="the call may have been carried out or not",
             address=address,
         )
     number = int(code.value[0])

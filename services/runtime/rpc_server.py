@@ -33,6 +33,8 @@ from countersign.services.runtime.errors import (
 MAX_MESSAGE_BYTES = 64 << 20
 # For a caller that names no deadline.
 DEFAULT_TIMEOUT_S = 3600.0
+_DRAIN_S = 1.0
+_CANCELLATION_S = 0.002
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -156,7 +158,13 @@ class _Guard:
 
     async def client_stream(self, requests: AsyncIterator[bytes], context: _Context) -> bytes:
         async def body(call: Call) -> bytes:
-            return self.method.encode(await self.method.function(self._parse_each(requests), call))
+            try:
+                reply = self.method.encode(await self.method.function(self._parse_each(requests), call))
+            except Exception:
+                await _drain(requests)
+                raise
+            await _drain(requests)
+            return reply
 
         return await self._run(context, body)
 
@@ -178,6 +186,8 @@ class _Guard:
     async def _parse_each(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
         async for data in requests:
             yield self._parse(data)
+        # When the caller goes away, grpc.aio ends the iterator as if all had come, and cancels this task a moment later.
+        await asyncio.sleep(_CANCELLATION_S)
 
     async def _write_all(self, replies: Any, context: _Context) -> None:
         # A handler is an async generator as a rule, whose cleanup must run before the call ends.
@@ -219,6 +229,14 @@ class _Guard:
         carrier = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         attributes = tracing.rpc_attributes("grpc", self.service, self.method.name)
         return tracing.server_span(self.tracer, f"{self.service}/{self.method.name}", attributes, carrier)
+
+
+async def _drain(requests: AsyncIterator[bytes]) -> None:
+    """Take what the client still sends: grpc.aio's client loses the status of a call that ends while it writes."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            async for _ in requests:
+                pass
 
 
 def _rpc_handler(guard: _Guard) -> grpc.RpcMethodHandler[Any, Any]:

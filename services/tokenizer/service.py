@@ -8,8 +8,9 @@ from typing import ParamSpec, TypeVar
 
 from google.protobuf.descriptor import ServiceDescriptor
 
+from countersign.services.engine.errors import CheckpointError
 from countersign.services.engine.text import Tokenizer
-from countersign.services.runtime.errors import InvalidArgument
+from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument
 from countersign.services.runtime.service import Call, Context
 from countersign.v1 import tokenizer_pb2
 from countersign.v1.registry_pb2 import Instance
@@ -53,7 +54,7 @@ class TokenizerService:
         if not request.text:
             raise InvalidArgument("the text is empty", reason="EMPTY_PROMPT", help="send some text to continue")
         size = len(request.text.encode())
-        if False:
+        if size > MAX_TEXT_BYTES:
             raise InvalidArgument(
                 f"the text has {size} bytes, more than the {MAX_TEXT_BYTES} that one call takes",
                 reason="TEXT_TOO_LONG",
@@ -99,5 +100,10 @@ async def _run(size: int, function: Callable[_P, _R], *args: _P.args, **kwargs: 
 
 
 async def create(context: Context) -> TokenizerService:
-    """Load the tokenizer of ``tokenizer.model``; raises CheckpointError when the folder has none that is understood."""
-    return TokenizerService(await asyncio.to_thread(Tokenizer, context.config.tokenizer.model))
+    """Load the tokenizer of ``tokenizer.model``; raises FailedPrecondition(BAD_CHECKPOINT) when it has none."""
+    try:
+        return TokenizerService(await asyncio.to_thread(Tokenizer, context.config.tokenizer.model))
+    except CheckpointError as error:
+        raise FailedPrecondition(
+            str(error), reason="BAD_CHECKPOINT", help="set tokenizer.model to a Hugging Face folder"
+        ) from None

@@ -14,6 +14,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from itertools import count
 from types import TracebackType
 from typing import Literal, Self, TypedDict, Unpack
 
@@ -234,7 +235,7 @@ class Client:
 
     async def _answer(self, stream: _Stream, progress: _Progress, goes_on: bool) -> AsyncGenerator[Event, None]:
         """The events of one answer over as many streams as it takes and ``reconnects`` allows."""
-        for attempt in range(self._reconnects + 1):
+        for attempt in count():
             try:
                 async with aclosing(stream):
                     async for message in stream:

@@ -122,7 +122,8 @@ def test_a_file_that_is_no_receipt_fails(case: Case, tmp_path: Path, content: by
     path.write_bytes(content)
     result = check(case, path)
     assert result.exit_code == 1
-    assert "FAIL" in result.output
+    assert result.output.splitlines()[-1].startswith("FAIL ")
+    assert "no receipt" in result.output
     assert run("show", path).exit_code == 1
 
 

@@ -103,7 +103,7 @@ REFUSED = [
     ("a bill for a token too many", RUNNING, Closed(reason=FINISH_REASON_LENGTH, usage=Usage()), errors.WrongBill),
     ("an end without a reason", RUNNING, Closed(usage=BILL), errors.WrongReason),
     (
-        "a cancellation nobody asked for",
+        "a cancellation unasked",
         RUNNING,
         Closed(reason=FINISH_REASON_CANCELLED, usage=BILL),
         errors.WrongReason,

@@ -191,6 +191,15 @@ async def test_a_server_named_by_the_configuration_is_used_and_left_running(tmp_
         assert server.child.exit_code is None
 
 
+async def test_another_stacks_service_of_the_same_name_is_not_taken_for_ours(tmp_path: Path) -> None:
+    mute = script("import time; time.sleep(60)")
+    async with watched(tmp_path / "first", "kv").stack as first:
+        config = Config(data_dir=tmp_path / "second", nats=NatsConfig(url=first.nats_url))
+        second = Supervisor(config, services={"kv": mute}, patience=Patience(start=0.5))
+        with pytest.raises(DeadlineExceeded, match="kv was not healthy"):
+            await second.start()
+
+
 async def test_a_taken_nats_port_ends_the_start_at_once(tmp_path: Path) -> None:
     async with NatsServer(tmp_path / "elsewhere") as server:
         config = Config(data_dir=tmp_path / "stack", nats=NatsConfig(port=server.port))

@@ -19,12 +19,14 @@ DEAF = [
 ]
 # Starts a child of its own in its group, prints its id, and ends at once or sleeps.
 PARENT = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); {end}"
-# Starts a Child, prints its id and sleeps: the stand-in for a supervisor.
+# Starts a Child, prints its id once that runs its own program, and sleeps: the stand-in for a supervisor.
 SUPERVISOR = """
 import sys, time
 from pathlib import Path
 from countersign.services.runtime.child import Child
-child = Child(["sleep", "60"], log=Path(sys.argv[1]))
+child = Child(["sh", "-c", "echo runs; exec sleep 60"], log=Path(sys.argv[1]))
+while child.log_tail() != "runs":
+    time.sleep(0.01)
 print(child.pid, flush=True)
 time.sleep(60)
 """

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
 import pytest
 import pytest_asyncio
 
+from countersign.services.kv import service
 from countersign.services.kv.service import MAX_BLOCK_BYTES, MAX_BLOCKS, MAX_TTL_MS, KvService
-from countersign.services.kv.store import BlockStore
+from countersign.services.kv.store import BlockStore, Place
 from countersign.services.protocol.keys import chain_keys, root_key
 from countersign.services.runtime.errors import CountersignError, DataLoss, FailedPrecondition, InvalidArgument
 from countersign.services.runtime.rpc import Channel, RpcServer
@@ -91,9 +93,9 @@ def block(key: bytes, lease: int, data: bytes | None = None, checksum: bytes | N
 
 @pytest_asyncio.fixture
 async def kv() -> AsyncIterator[Kv]:
-    store = BlockStore(4 * SIZE)
+    store = BlockStore(4 * SIZE, clock=lambda: client.now)
     server = RpcServer("127.0.0.1:0")
-    server.add(KvService(store, lambda: "here:1", clock=lambda: client.now))
+    server.add(KvService(store, lambda: "here:1"))
     client = Kv(Channel(await server.start()), store)
     yield client
     await client.channel.close()
@@ -179,7 +181,7 @@ async def test_the_store_counts_what_it_did(kv: Kv) -> None:
     assert await kv.stats() == expected
 
 
-BAD = [
+BAD: list[tuple[str, Callable[[Kv], Awaitable[object]]]] = [
     ("a short key", lambda kv: kv.lookup([b"short"])),
     ("too many keys", lambda kv: kv.lookup([KEYS[0]] * (MAX_BLOCKS + 1))),
     ("a pin without end", lambda kv: kv.lookup(KEYS, ttl_ms=MAX_TTL_MS + 1)),
@@ -198,18 +200,26 @@ BAD = [
 
 
 @pytest.mark.parametrize("call", [row[1] for row in BAD], ids=[row[0] for row in BAD])
-async def test_what_cannot_be_is_refused_with_a_typed_error(kv: Kv, call: object) -> None:
-    assert callable(call)
+async def test_what_cannot_be_is_refused_with_a_typed_error(kv: Kv, call: Callable[[Kv], Awaitable[object]]) -> None:
     with pytest.raises(CountersignError) as refusal:
         await call(kv)
     assert isinstance(refusal.value, InvalidArgument)
     assert kv.store.cache.used_bytes == 0
 
 
-async def test_everything_that_lapsed_is_reclaimed_without_a_call() -> None:
-    now = [0.0, 10.0]
-    store = BlockStore(4 * SIZE)
-    service = KvService(store, lambda: "here:1", clock=lambda: now[-1])
-    store.cache.reserve(KEYS[0], b"", SIZE, "dead", now=now[0], ttl=1)
-    service.expire()
+async def test_what_lapsed_is_reclaimed_without_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "EXPIRY_PERIOD_S", 0.005)
+    times, swept = [0.0], asyncio.Event()
+
+    class Noticing(BlockStore):
+        def expire(self) -> None:
+            super().expire()
+            swept.set()
+
+    store = Noticing(4 * SIZE, clock=lambda: times[-1])
+    assert store.reserve([Place(KEYS[0], b"", SIZE)], "dead", ttl=1) == [1]
+    times.append(1.0)
+    running = asyncio.create_task(KvService(store, lambda: "here:1").run())
+    await asyncio.wait_for(swept.wait(), 10)
+    running.cancel()
     assert store.cache.used_bytes == 0

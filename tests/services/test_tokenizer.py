@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from countersign.services.engine.text import Tokenizer
-from countersign.services.runtime.errors import InvalidArgument
+from countersign.services.runtime.config import load
+from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument
 from countersign.services.runtime.rpc import Channel, RpcServer
-from countersign.services.runtime.service import Call
-from countersign.services.tokenizer.service import INLINE_SIZE, MAX_TEXT_BYTES, MAX_TOKENS, TokenizerService
+from countersign.services.runtime.service import Call, Context
+from countersign.services.tokenizer.service import INLINE_SIZE, MAX_TEXT_BYTES, MAX_TOKENS, TokenizerService, create
 from countersign.v1.tokenizer_pb2 import (
     CheckCanonicalRequest,
     DecodeRequest,
@@ -67,14 +71,22 @@ async def test_an_open_character_stays_with_the_caller_until_it_is_complete(serv
     assert ("".join(first.pieces), "".join(rest.pieces)) == ("x", "😀")
 
 
-async def test_long_texts_give_the_same_tokens_off_the_event_loop(
-    service: TokenizerService, tokenizer: Tokenizer
-) -> None:
-    text = "def f(x):\n    return x\n" * INLINE_SIZE
+async def test_long_texts_are_worked_on_off_the_event_loop(demo_models: dict[str, Path]) -> None:
+    threads: list[int] = []
+
+    class Noting(Tokenizer):
+        def encode(self, text: str, plain: bool = False) -> list[int]:
+            threads.append(threading.get_ident())
+            return super().encode(text, plain)
+
+    service = TokenizerService(Noting(demo_models["target"]))
+    text = "x = 1\n" * INLINE_SIZE
     encoded = await service.Encode(EncodeRequest(text=text), CALL)
-    assert list(encoded.token_ids) == tokenizer.encode(text)
     decoded = await service.Decode(DecodeRequest(token_ids=encoded.token_ids, final=True), CALL)
     assert "".join(decoded.pieces) == text
+    await service.Encode(EncodeRequest(text="x"), CALL)
+    here = threading.get_ident()
+    assert [thread == here for thread in threads] == [False, True]
 
 
 async def test_an_empty_text_is_refused(channel: Channel) -> None:
@@ -117,3 +129,10 @@ async def test_canonical_ids_are_told_from_others(service: TokenizerService, tok
     bad = await service.CheckCanonical(CheckCanonicalRequest(token_ids=letters), CALL)
     assert (good.canonical, bad.canonical) == (True, False)
     assert list(bad.canonical_ids) == ids
+
+
+async def test_a_service_without_a_tokenizer_says_what_is_missing_and_which_setting_to_change(tmp_path: Path) -> None:
+    context = cast("Context", SimpleNamespace(config=load(None, {}, [f"tokenizer.model={tmp_path}"])))
+    with pytest.raises(FailedPrecondition, match=r"no readable tokenizer\.json") as refused:
+        await create(context)
+    assert "tokenizer.model" in refused.value.help

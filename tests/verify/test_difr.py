@@ -101,6 +101,13 @@ def test_one_changed_token_is_caught_wherever_it_stands(
         assert run(changed, asked).failures
 
 
+def test_a_greedy_answer_has_no_tokens_out_of_support_whatever_top_k_is(reference: Reference, run: Auditing) -> None:
+    asked = Asked(temperature=0.0, top_k=1)
+    output = generate(reference, PROMPT, asked, 8)
+    report = run([*output[:7], (output[7] + 1) % 256], asked)
+    assert (report.figures["out_of_support"], report.figures["exceedances"]) == (0, 1)
+
+
 def test_an_answer_at_another_temperature_is_caught(reference: Reference, run: Auditing) -> None:
     output = generate(reference, PROMPT, Asked(temperature=1.2), TOKENS)
     assert run(output, Asked(temperature=0.8)).failures

@@ -7,6 +7,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from countersign.verify import keys
 from countersign.verify.errors import KeyFileError
 from countersign.verify.keys import key_id_text, load_or_create_signing_key, load_public, write_public
 from countersign.verify.testing import signing_key
@@ -27,8 +28,17 @@ def test_a_signing_key_is_made_once_readable_by_its_owner_alone(tmp_path: Path) 
 def test_processes_that_start_together_get_the_same_key(tmp_path: Path) -> None:
     path = tmp_path / "receipts.key"
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        keys = pool.map(_create, [path] * 4)
-    assert len(set(keys)) == 1
+        made = pool.map(_create, [path] * 4)
+    assert len(set(made)) == 1
+
+
+def test_the_process_that_comes_second_does_not_replace_the_key(tmp_path: Path) -> None:
+    """It saw no file, made a key, and finds one there when it wants to put its own in place."""
+    path = tmp_path / "receipts.key"
+    first = _create(path)
+    keys._create(path)
+    assert _create(path) == first
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_a_signing_key_that_others_may_read_is_refused_with_what_to_do(tmp_path: Path) -> None:

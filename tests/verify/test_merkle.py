@@ -88,6 +88,14 @@ def test_a_leaf_outside_the_tree_has_no_path_and_no_proof() -> None:
         assert not merkle.verify_inclusion(leaves[0], index, 8, merkle.inclusion_path(leaves, 0), merkle.root(leaves))
 
 
+def test_a_tree_cannot_be_claimed_to_be_smaller_than_it_is() -> None:
+    """The path of the last leaf of two leads to the root from index 0 of a tree of one just as well."""
+    leaves = [merkle.leaf_hash(entry) for entry in ENTRIES[:2]]
+    root = merkle.root(leaves)
+    assert merkle.verify_inclusion(leaves[1], 1, 2, [leaves[0]], root)
+    assert not merkle.verify_inclusion(leaves[1], 0, 1, [leaves[0]], root)
+
+
 def test_an_inner_node_does_not_pass_for_a_leaf() -> None:
     leaves = [merkle.leaf_hash(entry) for entry in ENTRIES[:2]]
     entry = leaves[0] + leaves[1]

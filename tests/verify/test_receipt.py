@@ -29,8 +29,8 @@ from countersign.verify.receipt import (
     Openings,
     Receipt,
     ReceiptVerifier,
+    attach,
     build_output,
-    disclose,
     parse,
     prompt_digest,
     receipt_digest,
@@ -402,6 +402,20 @@ def test_a_payload_in_another_encoding_of_the_same_claims_is_refused(twist: Call
         VERIFIER.form(envelope.seal(twist(body), None, KEY).encode())
 
 
+def test_an_envelope_in_another_encoding_of_the_same_parts_is_refused() -> None:
+    """Else one receipt would have many digests."""
+    data = example()
+    protected, unprotected, body, _ = pieces(data)
+    longer = b"\xd2\x84\x59" + len(protected).to_bytes(2, "big") + data[4:]
+    assert cbor2.loads(longer) == cbor2.loads(data)
+    header = cbor2.loads(protected)
+    unsorted = cbor2.dumps({label: header[label] for label in (4, 3, 1)})
+    body_to_sign = cbor2.dumps(["Signature1", unsorted, b"", body])
+    for forged in (longer, assemble([unsorted, unprotected, body, KEY.sign(body_to_sign)])):
+        with pytest.raises(Malformed, match="deterministic form"):
+            check(forged)
+
+
 @pytest.mark.parametrize(
     "bomb",
     [
@@ -460,9 +474,9 @@ def test_stripping_takes_the_openings_and_leaves_signature_and_digest() -> None:
 def test_only_its_own_openings_can_be_put_back() -> None:
     data = example()
     _, opened = example_receipt(stop=["\n\n"])
-    assert disclose(strip(data), opened) == data
+    assert attach(strip(data), opened) == data
     with pytest.raises(OpeningMismatch):
-        disclose(strip(data), dataclasses.replace(opened, output_token_ids=(4, 5, 6, 9)))
+        attach(strip(data), dataclasses.replace(opened, output_token_ids=(4, 5, 6, 9)))
 
 
 def test_a_stripped_receipt_does_not_tell_the_prompt_or_the_output() -> None:
@@ -519,6 +533,13 @@ def test_leaves_and_digests_are_made_as_documented() -> None:
     domain = b"countersign/stop/v1"
     stop = domain + hmac.digest(SALT_KEY, domain, "sha256") + b"\x00\x00\x00\x02\xc3\xa9\x00\x00\x00\x01a"
     assert stop_digest(("é", "a"), SALT_KEY) == hashlib.sha256(stop).digest()
+
+
+def test_an_error_shows_no_control_characters_of_a_hostile_receipt() -> None:
+    shown = str(Malformed("refused", cause="\x1b[2J\n\x9b" * 100, key=b"\x00\xff"))
+    assert shown.isprintable()
+    assert "key: 00ff" in shown
+    assert len(shown) < 150
 
 
 def test_the_error_of_a_hostile_receipt_cannot_steer_the_terminal() -> None:

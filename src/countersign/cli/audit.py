@@ -179,6 +179,8 @@ def _print_report(path: Path, report: AuditReport) -> None:
 
 
 def _conclusion(report: AuditReport) -> str:
+    if report.verdict == "fail" and report.receipt is None:
+        return "this is no receipt, or it was damaged."
     if report.verdict == "fail":
         return "the receipt or its answer is not what it claims to be. Keep the file: it is the evidence."
     if report.verdict == "inconclusive":

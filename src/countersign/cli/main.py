@@ -42,6 +42,7 @@ COMMANDS = {
     "audit": Lazy("countersign.cli.audit", ("audit",), "Check a receipt: its form, and its every token."),
     "receipt": Lazy("countersign.cli.audit", ("show",), "Look into a receipt.", group=True),
     "up": Lazy("countersign.cli.up", ("up",), "Run the whole stack here until interrupted."),
+    "bench": Lazy("countersign.cli.bench", ("bench",), "Measure; benchmarks of a checkout."),
     "demo": Lazy("countersign.cli.demo", ("demo",), "See all of it at work on real code, in a minute."),
 }
 

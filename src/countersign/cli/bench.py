@@ -1,0 +1,101 @@
+"""``countersign bench NAME``: measure, print, keep the rows (DESIGN.md section 12).
+
+A benchmark is a module ``benchmarks/NAME.py`` of the checkout with ``async def run(quick: bool) -> list[Row]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from countersign.services.runtime.errors import NotFound
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure. ``bar`` is what an issue asks for, ``met`` whether it was reached; ``ratio`` is value / peer's value."""
+
+    bench: str
+    case: str
+    metric: str
+    value: float
+    unit: str
+    n: int
+    bar: str | None = None
+    met: bool | None = None
+    peer: str | None = None
+    ratio: float | None = None
+
+
+Run = Callable[[bool], Awaitable[list[Row]]]
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help="Which: a module of benchmarks/.", metavar="NAME")],
+    quick: Annotated[bool, typer.Option(help="End within a minute on two cores; keeps no rows.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON lines.")] = False,
+) -> None:
+    """Run one benchmark of this checkout."""
+    rows = asyncio.run(cast("Run", load(name))(quick))  # type: ignore[arg-type]  # a coroutine, as the contract above says
+    stamped = [{**_plain(row), **_stamp()} for row in rows]
+    lines = "".join(json.dumps(row) + "\n" for row in stamped)
+    if not quick:
+        results = CHECKOUT / "benchmarks" / "results"
+        results.mkdir(exist_ok=True)
+        with (results / f"{name}.jsonl").open("a") as file:
+            file.write(lines)
+    if json_:
+        sys.stdout.write(lines)
+    else:
+        Console().print(_table(rows))
+
+
+def load(name: str) -> Run:
+    """The ``run`` of ``benchmarks/NAME.py``. Raises NotFound with those there are."""
+    folder = CHECKOUT / "benchmarks"
+    file = folder / f"{name}.py"
+    if not name.isidentifier() or not file.is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.py"))) or "none: run from a checkout"
+        raise NotFound(f"there is no benchmark {name!r}", reason="UNKNOWN_BENCHMARK", help=f"known are: {known}")
+    spec = importlib.util.spec_from_file_location(f"countersign_bench_{name}", file)
+    if spec is None or spec.loader is None:
+        raise NotFound(f"{file} cannot be loaded", reason="UNKNOWN_BENCHMARK")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return cast("Run", module.run)
+
+
+def _plain(row: Row) -> dict[str, object]:
+    return {key: value for key, value in dataclasses.asdict(row).items() if value is not None}
+
+
+def _stamp() -> dict[str, str]:
+    asked = ["git", "-C", str(CHECKOUT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"commit": commit or "unknown", "machine": machine, "when": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table("case", "metric", "value", "unit", "n", "bar", "met")
+    for row in rows:
+        met = "" if row.met is None else "yes" if row.met else "NO"
+        table.add_row(row.case, row.metric, f"{row.value:.4g}", row.unit, str(row.n), row.bar or "", met)
+    return table

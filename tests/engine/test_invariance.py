@@ -1,0 +1,137 @@
+"""The same bits alone and in a batch, in any chunks, after imports, in decode and in verify; fp32, compared with ==."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from countersign.kernels import attention
+from countersign.services.engine import linear
+from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
+from countersign.services.engine.linear import LinearMode
+from countersign.services.engine.model import Model, Span, load_model
+
+LENGTHS = (700, 530, 90, 33)
+CHUNKS = st.sampled_from((1, 1, 2, 3, 5, 15, 16, 17, 33, 64, 100, 255, 256, 257, 300))
+
+
+def tokens(index: int) -> list[int]:
+    return torch.randint(0, 96, (LENGTHS[index],), generator=torch.Generator().manual_seed(index)).tolist()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Each sequence computed alone in one piece: its logits, and its KV blocks."""
+
+    model: Model
+    logits: list[Tensor]
+    blocks: list[list[bytes]]
+
+
+def reference(model: Model) -> Reference:
+    logits, blocks = [], []
+    for index, length in enumerate(LENGTHS):
+        cache = PagedCache(model.config, "fp32", length)
+        sequence = cache.sequence()
+        logits.append(model.forward(cache, [Span(sequence, tokens(index), length)]))
+        blocks.append([sequence.export_block(i) for i in range(length // PAGE_TOKENS)])
+    return Reference(model, logits, blocks)
+
+
+@pytest.fixture(scope="module")
+def references(model: Model, other_model: Model) -> list[Reference]:
+    return [reference(model), reference(other_model)]
+
+
+@dataclass
+class Runner:
+    """One sequence on its way through a random schedule."""
+
+    index: int
+    sequence: CachedSequence
+    seen: list[Tensor] = field(default_factory=list)
+
+    def next_span(self, chunk: int, wrong: int) -> tuple[Span, int]:
+        """The next tokens, and wrong ones behind them, as a verification of bad proposals has."""
+        done = self.sequence.length
+        right = tokens(self.index)[done : done + chunk]
+        return Span(self.sequence, right + [7] * wrong, len(right) + wrong), len(right)
+
+
+def run_schedule(ref: Reference, chosen: list[int], imports: list[int], chunks: Iterator[int]) -> None:
+    cache = PagedCache(ref.model.config, "fp32", 4000)
+    runners = [Runner(index, cache.sequence()) for index in chosen]
+    for runner, count in zip(runners, imports, strict=True):
+        for block in ref.blocks[runner.index][:count]:
+            runner.sequence.import_block(block)
+    while active := [runner for runner in runners if runner.sequence.length < LENGTHS[runner.index]]:
+        planned = [runner.next_span(next(chunks), next(chunks) % 6) for runner in active]
+        logits = ref.model.forward(cache, [span for span, _ in planned])
+        parts = torch.split(logits, [span.logits for span, _ in planned])
+        for runner, (span, right), rows in zip(active, planned, parts, strict=True):
+            first = runner.sequence.length - len(span.token_ids)
+            assert torch.equal(rows[:right], ref.logits[runner.index][first : first + right])
+            runner.sequence.truncate(first + right)
+    for runner in runners:
+        full = LENGTHS[runner.index] // PAGE_TOKENS
+        assert [runner.sequence.export_block(i) for i in range(full)] == ref.blocks[runner.index]
+    cache.check_integrity()
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
+@given(data=st.data(), which=st.integers(0, 1))
+def test_logits_and_kv_are_the_same_bits_however_a_sequence_is_computed(
+    references: list[Reference], data: st.DataObject, which: int
+) -> None:
+    chosen = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True))
+    imports = [data.draw(st.integers(0, LENGTHS[index] // PAGE_TOKENS)) for index in chosen]
+    cycle = data.draw(st.lists(CHUNKS, min_size=3, max_size=12))
+    if max(cycle) < 15:
+        cycle.append(64)
+    run_schedule(references[which], chosen, imports, itertools.cycle(cycle))
+
+
+def test_decode_token_by_token_gives_the_bits_of_one_prefill(references: list[Reference]) -> None:
+    run_schedule(references[1], [2, 3], [0, 0], iter([1, 0] * 1000))
+
+
+def test_the_number_of_threads_changes_no_bit(references: list[Reference]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 - min(before, 2))
+    try:
+        again = reference(references[0].model)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(again.logits, references[0].logits, strict=True))
+
+
+def test_the_fallback_paths_are_taken_when_the_fast_ones_fail_their_tests_and_are_invariant_too(
+    checkpoint: Path, references: list[Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "is_row_invariant", lambda *_: False)
+    monkeypatch.setattr(attention, "is_row_invariant", lambda *_: False)
+    model = load_model(checkpoint)
+    assert set(model.paths.linear.values()) == {LinearMode.TILED}
+    assert model.paths.attention is attention.Path.ROW_BY_ROW
+    cache = PagedCache(model.config, "fp32", 1000)
+    first, second = cache.sequence(), cache.sequence()
+    whole = model.forward(cache, [Span(first, tokens(2), 90)])
+    assert (whole - references[0].logits[2]).abs().max() < 2e-4
+    parts = [
+        model.forward(cache, [Span(second, tokens(2)[a:b], b - a), Span(cache.sequence(), [5], 0)])
+        for a, b in ((0, 50), (50, 51), (51, 56), (56, 90))
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_the_fast_paths_are_the_ones_in_use(model: Model) -> None:
+    assert set(model.paths.linear.values()) == {LinearMode.PREPACKED}
+    assert model.paths.attention is attention.Path.FLASH_CPU

@@ -1,0 +1,47 @@
+"""A kv service as a process, misbehaving on request: ``kv_program.py --config FILE`` with FAULT in the environment."""
+
+import asyncio
+import os
+
+from countersign.services.runtime import process
+from countersign.services.runtime.service import Call, Context
+from countersign.v1 import kv_pb2
+from countersign.v1.registry_pb2 import Instance
+
+
+class Kv:
+    descriptor = kv_pb2.DESCRIPTOR.services_by_name["KvService"]
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def run(self) -> None:
+        if os.environ.get("FAULT") == "run":
+            raise ValueError("the loop broke")
+
+    async def close(self) -> None:
+        self._context.log.info("closed", extra={"address": self._context.address()})
+
+    def describe(self, instance: Instance) -> None:
+        instance.active_requests = 7
+
+    async def Lookup(self, request: kv_pb2.LookupRequest, call: Call) -> kv_pb2.LookupResponse:
+        if request.holder == "slow":
+            await self._context.bus.publish("test.slow.started", b"", {})
+            await asyncio.sleep(0.5)
+        return kv_pb2.LookupResponse(found=1, address=self._context.address())
+
+    async def Reserve(self, request: kv_pb2.ReserveRequest, call: Call) -> kv_pb2.ReserveResponse:
+        return kv_pb2.ReserveResponse()
+
+    Put = Get = Release = GetStats = Reserve
+
+
+async def create(context: Context) -> Kv:
+    if os.environ.get("FAULT") == "create":
+        await asyncio.Event().wait()
+    return Kv(context)
+
+
+if __name__ == "__main__":
+    process.main("kv", create)

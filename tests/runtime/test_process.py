@@ -1,0 +1,148 @@
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from nats.aio.msg import Msg
+
+from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.config import Config, NatsConfig, dump
+from countersign.services.runtime.nats_server import NatsServer
+from countersign.services.runtime.registry import Registry
+from countersign.services.runtime.rpc import Channel
+from countersign.v1.kv_pb2 import LookupRequest, LookupResponse
+from countersign.v1.registry_pb2 import Instance
+
+Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
+PROGRAM = Path(__file__).with_name("kv_program.py")
+
+
+@pytest.fixture
+async def start(server: NatsServer, tmp_path: Path) -> AsyncIterator[Start]:
+    """Starts the program, its stderr to a pipe; whatever still runs at the end is killed."""
+    processes: list[asyncio.subprocess.Process] = []
+    file = tmp_path / "config.json"
+    file.write_text(dump(Config(nats=NatsConfig(url=server.url))))
+
+    async def start(*arguments: str, fault: str = "") -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(PROGRAM),
+            *(arguments or ("--config", str(file))),
+            env={**os.environ, "FAULT": fault},
+            stderr=asyncio.subprocess.PIPE,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@pytest.fixture
+async def registry(bus: Bus) -> AsyncIterator[Registry]:
+    async with Registry(bus) as registry:
+        yield registry
+
+
+async def ended(process: asyncio.subprocess.Process) -> tuple[int | None, str]:
+    async with asyncio.timeout(20):
+        _, errors = await process.communicate()
+    return process.returncode, errors.decode()
+
+
+async def serving(instance: Instance) -> None:
+    """Return when its gRPC server says that it serves."""
+    async with Channel(instance.address) as channel, asyncio.timeout(20):
+        path, request = "/grpc.health.v1.Health/Check", HealthCheckRequest()
+        while (await channel.unary(path, request, HealthCheckResponse, 5)).status != HealthCheckResponse.SERVING:
+            await asyncio.sleep(0.01)
+
+
+async def gone(registry: Registry) -> None:
+    """Return when no kv service is in the registry; a withdrawal that was not sent is noticed sooner than the TTL."""
+    async with asyncio.timeout(2):
+        while registry.live("kv"):
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_service_answers_on_both_transports_and_leaves_cleanly_on_a_signal(
+    start: Start, bus: Bus, registry: Registry, number: signal.Signals
+) -> None:
+    process = await start()
+    instance = await registry.wait_for("kv", 20)
+    await serving(instance)
+    assert instance.pid == process.pid
+    assert instance.instance.startswith("kv-")
+    assert instance.active_requests == 7
+    over_nats = await bus.call("kv", "Lookup", LookupRequest(), LookupResponse, timeout=5, instance=instance.instance)
+    async with Channel(instance.address) as channel:
+        path = "/countersign.v1.KvService/Lookup"
+        over_grpc = await channel.unary(path, LookupRequest(), LookupResponse, 5)
+    assert over_nats == over_grpc == LookupResponse(found=1, address=instance.address)
+    process.send_signal(number)
+    code, log = await ended(process)
+    assert code == 0, log
+    await gone(registry)
+    assert f"INFO kv ready address={instance.address}" in log
+    assert f"INFO kv closed address={instance.address}" in log
+
+
+async def test_calls_in_hand_are_answered_before_the_process_ends(start: Start, bus: Bus, registry: Registry) -> None:
+    started: asyncio.Queue[Msg] = asyncio.Queue()
+    await bus.subscribe("test.slow.started", started.put)
+    process = await start()
+    instance = await registry.wait_for("kv", 20)
+    await serving(instance)
+    slow = LookupRequest(holder="slow")
+    async with Channel(instance.address) as channel, asyncio.timeout(10):
+        calls = [
+            asyncio.create_task(bus.call("kv", "Lookup", slow, LookupResponse, timeout=10)),
+            asyncio.create_task(channel.unary("/countersign.v1.KvService/Lookup", slow, LookupResponse, 10)),
+        ]
+        await started.get()
+        await started.get()
+        process.terminate()
+        process.send_signal(signal.SIGINT)  # a second signal changes nothing
+        assert [reply.found for reply in await asyncio.gather(*calls)] == [1, 1]
+    code, log = await ended(process)
+    assert code == 0, log
+
+
+async def test_a_background_loop_that_fails_ends_the_process_with_code_1(start: Start, registry: Registry) -> None:
+    code, log = await ended(await start(fault="run"))
+    assert code == 1
+    assert "ERROR kv failed" in log
+    assert "ValueError: the loop broke" in log
+    await gone(registry)
+
+
+async def test_a_signal_while_starting_ends_the_process_cleanly(start: Start, bus: Bus) -> None:
+    connected: asyncio.Queue[Msg] = asyncio.Queue()
+    await bus.subscribe("$JS.API.STREAM.CREATE.KV_cs-instances", connected.put)
+    process = await start(fault="create")
+    async with asyncio.timeout(20):
+        await connected.get()
+    process.terminate()
+    code, log = await ended(process)
+    assert code == 0, log
+
+
+async def test_a_wrong_configuration_ends_the_process_with_code_2_and_says_which(start: Start) -> None:
+    code, log = await ended(await start("--set", "kv.capacity=1"))
+    assert code == 2
+    assert "unknown key kv.capacity (did you mean kv.capacity_bytes?)" in log
+
+
+async def test_a_bus_that_is_not_configured_or_not_there_ends_the_process_with_code_1(start: Start) -> None:
+    code, log = await ended(await start("--set", "nats.port=0"))
+    assert (code, "nats.url is empty" in log) == (1, True)
+    assert "Traceback" not in log

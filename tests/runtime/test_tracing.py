@@ -1,0 +1,107 @@
+from collections.abc import AsyncIterator
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from countersign.services.runtime import telemetry
+from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.call import Call
+from countersign.services.runtime.config import TelemetryConfig
+from countersign.services.runtime.errors import NotFound
+from countersign.services.runtime.nats_server import NatsServer
+from countersign.services.runtime.rpc import Channel, RpcServer
+from countersign.v1.kv_pb2 import (
+    GetRequest,
+    GetResponse,
+    GetStatsRequest,
+    GetStatsResponse,
+    LookupRequest,
+    LookupResponse,
+)
+
+
+@pytest.fixture
+def exporter() -> InMemorySpanExporter:
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+def provider(exporter: InMemorySpanExporter) -> TracerProvider:
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return provider
+
+
+def by_kind(exporter: InMemorySpanExporter, name: str) -> dict[SpanKind, ReadableSpan]:
+    return {span.kind: span for span in exporter.get_finished_spans() if span.name == name}
+
+
+def is_child(child: ReadableSpan, parent: ReadableSpan) -> bool:
+    context = parent.get_span_context()
+    return child.parent is not None and context is not None and child.parent.span_id == context.span_id
+
+
+async def test_a_call_over_grpc_that_calls_over_nats_is_one_trace(
+    server: NatsServer, provider: TracerProvider, exporter: InMemorySpanExporter, kv: type
+) -> None:
+    asking = await Bus.connect(server.url, "asking", tracer_provider=provider)
+    answering = await Bus.connect(server.url, "answering", tracer_provider=provider)
+
+    async def stats(request: GetStatsRequest, call: Call) -> GetStatsResponse:
+        return GetStatsResponse(blocks=1)
+
+    async def lookup(request: LookupRequest, call: Call) -> LookupResponse:
+        reply = await asking.call("kv", "GetStats", GetStatsRequest(), GetStatsResponse, timeout=call.remaining())
+        return LookupResponse(found=reply.blocks)
+
+    await answering.serve("kv", "kv-1", kv(GetStats=stats).unary())
+    rpc = RpcServer("127.0.0.1:0", tracer_provider=provider)
+    rpc.add(kv(Lookup=lookup))
+    async with Channel(await rpc.start(), tracer_provider=provider) as channel:
+        await channel.unary("/countersign.v1.KvService/Lookup", LookupRequest(), LookupResponse, 5)
+    await rpc.stop(0)
+    await asking.close()
+    await answering.close()
+
+    outer, inner = by_kind(exporter, "countersign.v1.KvService/Lookup"), by_kind(exporter, "kv/GetStats")
+    chain = [outer[SpanKind.CLIENT], outer[SpanKind.SERVER], inner[SpanKind.CLIENT], inner[SpanKind.SERVER]]
+    assert all(is_child(child, parent) for parent, child in zip(chain, chain[1:], strict=False))
+    assert len({span.get_span_context().trace_id for span in chain}) == 1
+    assert chain[1].attributes == {
+        "rpc.system": "grpc",
+        "rpc.service": "countersign.v1.KvService",
+        "rpc.method": "Lookup",
+    }
+    assert (chain[3].attributes or {})["messaging.destination.name"] == "cs.v1.kv.GetStats"
+
+
+async def test_a_stream_is_in_the_trace_and_an_error_marks_both_its_spans(
+    provider: TracerProvider, exporter: InMemorySpanExporter, kv: type
+) -> None:
+    async def get(request: GetRequest, call: Call) -> AsyncIterator[GetResponse]:
+        yield GetResponse()
+        raise NotFound("gone", reason="GONE")
+
+    rpc = RpcServer("127.0.0.1:0", tracer_provider=provider)
+    rpc.add(kv(Get=get))
+    async with Channel(await rpc.start(), tracer_provider=provider) as channel:
+        with pytest.raises(NotFound):
+            async for _ in channel.stream("/countersign.v1.KvService/Get", GetRequest(), GetResponse, 5):
+                pass
+    await rpc.stop(0)
+    spans = by_kind(exporter, "countersign.v1.KvService/Get")
+    assert is_child(spans[SpanKind.SERVER], spans[SpanKind.CLIENT])
+    for span in spans.values():
+        assert span.status.status_code is StatusCode.ERROR
+        assert (span.attributes or {})["error.type"] == "GONE"
+
+
+def test_nothing_is_wired_without_an_endpoint() -> None:
+    from opentelemetry import trace
+
+    before = trace.get_tracer_provider()
+    telemetry.start(TelemetryConfig(), service="kv", instance="kv-1")()
+    assert trace.get_tracer_provider() is before
