@@ -54,9 +54,27 @@ async def run(quick: bool) -> list[Row]:
     n = tally.asked
     settled = tally.whole + sum(tally.refusals.values())
     return [
-        Row("load", f"{CLIENTS} clients", "whole with a valid receipt, or a typed error", settled / n, "share", n, "1", settled == n),
+        Row(
+            "load",
+            f"{CLIENTS} clients",
+            "whole with a valid receipt, or a typed error",
+            settled / n,
+            "share",
+            n,
+            "1",
+            settled == n,
+        ),
         Row("load", f"{CLIENTS} clients", "answers whole with a valid receipt", tally.whole, "answers", n),
-        Row("load", f"{CLIENTS} clients", "answers short or with a bad receipt", tally.bad, "answers", n, "0", tally.bad == 0),
+        Row(
+            "load",
+            f"{CLIENTS} clients",
+            "answers short or with a bad receipt",
+            tally.bad,
+            "answers",
+            n,
+            "0",
+            tally.bad == 0,
+        ),
         Row("load", f"{CLIENTS} clients", "typed errors", sum(tally.refusals.values()), "answers", n),
         Row("load", f"{CLIENTS} clients", "throughput", tally.tokens / seconds, "tokens/s", n),
         Row("load", f"{CLIENTS} clients", "latency of an answer, median", statistics.median(tally.latencies), "s", n),

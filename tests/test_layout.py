@@ -71,8 +71,7 @@ def test_the_wheel_runs_without_the_checkout(root: Path, tmp_path: Path) -> None
         "[importlib.import_module(n) for n in names if not n.endswith('__main__')];"
         "print(len(names))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "site")], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+    command = [sys.executable, "-c", program, str(tmp_path / "site")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 60

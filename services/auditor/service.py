@@ -60,7 +60,7 @@ class AuditorService:
     def describe(self, instance: Instance) -> None:
         instance.active_requests = self._active
 
-    async def Audit(self, request: AuditRequest, call: Call) -> AuditResponse:  # noqa: ARG002  every handler takes it
+    async def Audit(self, request: AuditRequest, call: Call) -> AuditResponse:
         """Raises InvalidArgument for an unknown level, FailedPrecondition when the trusted key's file is unusable."""
         levels = [_level(number) for number in request.levels] or list(LEVELS)
         self._active += 1

@@ -12,7 +12,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from functools import partial
 
 from google.protobuf.message import DecodeError, Message
@@ -42,7 +43,7 @@ _RECONNECT_WAIT_S = 0.25
 # Two unanswered pings end a connection whose peer is gone without a word.
 _PING_INTERVAL_S = 5
 _FLUSH_S = 1.0
-_CLOSE_S = 2.0
+_CLOSE_S = 1.0
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -114,17 +115,20 @@ class Bus:
     async def close(self) -> None:
         """Stop serving, send what is written, disconnect. Takes a few seconds at most."""
         await self.stop_serving(0)
-        if self._client.is_connected:
-            await self._try(self._client.flush())
-        await self._try(self._client.close())
+        try:
+            if self._client.is_connected:
+                await self.flush()
+            async with asyncio.timeout(_CLOSE_S):
+                await self._client.close()
+        except (CountersignError, TimeoutError, NatsError, OSError) as error:
+            _log.warning("the bus closes with messages unsent", extra={"error": repr(error)})
+            await self._abandon()
         await self._on_close()  # nats-py leaves it out when the last bytes meet a broken connection
 
-    async def _try(self, step: Coroutine[None, None, None]) -> None:
-        try:
+    async def _abandon(self) -> None:
+        with suppress(TimeoutError, NatsError, OSError):
             async with asyncio.timeout(_CLOSE_S):
-                await step
-        except (TimeoutError, NatsError, OSError) as error:
-            _log.warning("the bus closes with messages unsent", extra={"error": repr(error)})
+                await self._client.close()
 
     async def wait_closed(self) -> None:
         """Return when the connection is closed for good: by `close`, or by a server that refuses it."""
@@ -199,12 +203,22 @@ class Bus:
         await asyncio.gather(*(dispatcher.stop(grace) for dispatcher, _ in serving))
 
     async def _drain(self, subscriptions: list[Subscription]) -> None:
-        # Not unsubscribe: what the server has sent already would be lost, and is to be answered too.
+        """End subscriptions so that each message is either handled here or offered to another instance.
+
+        nats-py's own ``drain`` drops what comes between its PONG and the server's taking note.
+        """
         try:
+            for subscription in subscriptions:
+                await self._client._send_unsubscribe(subscription._id)  # noqa: SLF001  unsubscribe() also stops reading
+            await self.flush()
             async with asyncio.timeout(_CLOSE_S):
-                await asyncio.gather(*(_drained(subscription) for subscription in subscriptions))
-        except (TimeoutError, NatsError):
+                for subscription in subscriptions:
+                    while subscription.pending_msgs:  # noqa: ASYNC110  it offers no event
+                        await asyncio.sleep(0)
+        except (CountersignError, TimeoutError, NatsError):
             _log.warning("subscriptions end without the server's word")
+        for subscription in subscriptions:
+            await self.unsubscribe(subscription)
 
     async def publish(self, subject: str, data: bytes, headers: Mapping[str, str]) -> None:
         """Send one message to whoever listens. Raises as `Inbox.publish`."""
@@ -244,17 +258,9 @@ class Bus:
         except NatsError:
             _log.debug("the subscription had ended", extra={"subject": subscription.subject})
 
-    async def flush(self, timeout: float = 2.0) -> None:  # noqa: ASYNC109  ends in a typed error
-        """Return when the server has taken everything sent before.
-
-        Raises:
-            Unavailable: reason DISCONNECTED.
-        """
-        try:
-            async with asyncio.timeout(timeout):
-                await self._client.flush()
-        except (TimeoutError, NatsError) as error:
-            raise Unavailable(f"no connection to {self._url}: {error}", reason="DISCONNECTED") from None
+    async def flush(self, timeout: float = _CLOSE_S) -> None:  # noqa: ASYNC109  ends in a typed error
+        """Return when the server has taken all that was sent before, subscriptions too. Raises as `Inbox.flush`."""
+        await self._inbox.flush(timeout)
 
     def jetstream(self) -> JetStreamContext:
         """JetStream's management API on this connection."""
@@ -271,6 +277,16 @@ class Bus:
     async def _on_disconnect(self) -> None:
         if not self._client.is_closed:
             _log.warning("connection to the bus lost, trying again", extra={"url": self._url})
+        self._fail_waiting()
+
+    async def _on_reconnect(self) -> None:
+        _log.info("connection to the bus restored", extra={"url": self._url})
+
+    async def _on_close(self) -> None:
+        self._fail_waiting()
+        self._closed.set()
+
+    def _fail_waiting(self) -> None:
         self._inbox.fail_all(
             Unavailable(
                 f"the connection to {self._url} broke while the answer was awaited",
@@ -278,13 +294,6 @@ class Bus:
                 help="the call may have been carried out or not",
             )
         )
-
-    async def _on_reconnect(self) -> None:
-        _log.info("connection to the bus restored", extra={"url": self._url})
-
-    async def _on_close(self) -> None:
-        self._inbox.fail_all(Unavailable("the connection to the bus is closed", reason="BUS_CLOSED"))
-        self._closed.set()
 
 
 def subject_of(service: str, method: str, instance: str | None) -> str:
@@ -298,10 +307,6 @@ def subject_of(service: str, method: str, instance: str | None) -> str:
         if not _TOKEN.fullmatch(part):
             raise InvalidArgument(f"{part!r} cannot be part of a subject: 1 to 64 of A-Z a-z 0-9 _ -")
     return ".".join(("cs.v1", *parts))
-
-
-async def _drained(subscription: Subscription) -> None:
-    await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py leaves it without annotation
 
 
 def _peer_error(data: bytes, subject: str) -> CountersignError:

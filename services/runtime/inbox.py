@@ -7,7 +7,8 @@ its whole timeout, and takes one reply only (a batched direct get sends many).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -73,25 +74,48 @@ class Inbox:
         last: Callable[[Msg], bool],
     ) -> list[Msg]:
         """Send one request, return its replies up to the one that ``last`` accepts. Raises as `request`."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout
+        deadline = asyncio.get_running_loop().time() + timeout
+        received: list[Msg] = []
+        with self._place() as (inbox, replies):
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self.publish(subject, data, headers, reply=inbox)
+                # A second scope: nats-py's publish swallows a cancellation that meets it at the wrong moment.
+                async with asyncio.timeout_at(deadline):
+                    while not received or not last(received[-1]):
+                        received.append(_usable(await replies.get(), subject))
+            except TimeoutError:
+                text = f"no answer on {subject} within {timeout:.3g} s"
+                raise DeadlineExceeded(text, subject=subject) from None
+        return received
+
+    async def flush(self, timeout: float) -> None:  # noqa: ASYNC109  ends in a typed error
+        """Return when the server has taken all that was sent before, subscriptions too.
+
+        A message to ourselves: nats-py's own ``flush`` sends its PING ahead of what is still buffered.
+
+        Raises:
+            Unavailable, DeadlineExceeded: as `request`.
+        """
+        with self._place() as (inbox, replies):
+            try:
+                async with asyncio.timeout(timeout):
+                    await self.publish(inbox, b"", {})
+                    _usable(await replies.get(), inbox)
+            except TimeoutError:
+                raise DeadlineExceeded(f"{self._url} did not answer within {timeout:.3g} s") from None
+
+    @contextmanager
+    def _place(self) -> Iterator[tuple[str, asyncio.Queue[Msg | CountersignError]]]:
+        """A subject of our own, and where what comes on it goes."""
         self._count += 1
         token = str(self._count)
         replies: asyncio.Queue[Msg | CountersignError] = asyncio.Queue()
         self._waiting[token] = replies
-        received: list[Msg] = []
         try:
-            async with asyncio.timeout_at(deadline):
-                await self.publish(subject, data, headers, reply=f"{self._prefix}.{token}")
-            # A second scope: nats-py's publish swallows a cancellation that meets it at the wrong moment.
-            async with asyncio.timeout_at(deadline):
-                while not received or not last(received[-1]):
-                    received.append(_usable(await replies.get(), subject))
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer on {subject} within {timeout:.3g} s", subject=subject) from None
+            yield f"{self._prefix}.{token}", replies
         finally:
             del self._waiting[token]
-        return received
 
     async def publish(self, subject: str, data: bytes, headers: Mapping[str, str], reply: str = "") -> None:
         """Send one message.

@@ -108,6 +108,9 @@ class Journal:
             WrongSequence: another was first; nothing is stored.
             DeadlineExceeded: reason ACK_LOST: no answer in ``timeout`` seconds, the outcome is unknown.
             Unavailable: reason CONNECTION_LOST: the outcome is unknown; any other reason: nothing is stored.
+                When it is unknown, a read proves nothing yet: the server may still have the append before it. Append
+                again with the same ``expected``: one of the two at most is stored, and WrongSequence means that the
+                log has moved on, by it or by another; the tail then says which.
             ResourceExhausted: the entry is too large, or the disk is full; nothing is stored.
         """
         headers = {"Nats-Expected-Last-Subject-Sequence": str(expected)}
@@ -117,7 +120,7 @@ class Journal:
             raise DeadlineExceeded(
                 f"no acknowledgement for an append to {subject} within {timeout:.3g} s",
                 reason="ACK_LOST",
-                help="it may be stored or not: read the tail",
+                help="append it again with the same expected sequence; if that is refused, read the tail",
             ) from error
         return int(reply_of(msg, subject)["seq"])
 

@@ -186,7 +186,7 @@ class _Guard:
     async def _parse_each(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
         async for data in requests:
             yield self._parse(data)
-        # When the caller goes away, grpc.aio ends the iterator as if all had come, and cancels this task a moment later.
+        # When the caller goes away, grpc.aio ends the iterator as if all had come, and cancels this task just after.
         await asyncio.sleep(_CANCELLATION_S)
 
     async def _write_all(self, replies: Any, context: _Context) -> None:

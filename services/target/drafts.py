@@ -33,7 +33,7 @@ class Drafts:
         self._quiet_until = 0.0
 
     async def propose(self, sessions: Sequence[Session]) -> dict[str, tuple[int, ...]]:
-        """Proposals by request id, for those that want them and can still use one; {} when the draft does not answer."""
+        """Proposals by request id, for those that can use one; {} when the draft does not answer."""
         asks = [ask for ask in map(self._ask, sessions) if ask is not None]
         if not asks or self._clock() < self._quiet_until:
             return {}

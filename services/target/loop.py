@@ -37,9 +37,9 @@ class Running:
 class TargetLoop:
     """All of a target's sessions. Everything but the model runs on the event loop; the model has one thread.
 
-    A session waits for room (admission by the KV that it may ever need), gets its prefix from the store, is prefilled in
-    chunks, then decoded or verified each pass until its answer ends; its full blocks go to the store; it is forgotten
-    when its log is closed.
+    A session waits for room (admission by the KV that it may ever need), gets its prefix from the store, is prefilled
+    in chunks, then decoded or verified each pass until its answer ends; its full blocks go to the store; it is
+    forgotten when its log is closed.
     """
 
     def __init__(

@@ -80,8 +80,13 @@ class TargetService:
         instance.active_requests = self._loop.sessions
 
     async def Start(self, request: StartRequest, call: Call) -> StartResponse:
-        """Raises FailedPrecondition when the log gives the request to another or asks for other weights,
-        ResourceExhausted when the queue is full, DataLoss when the log is not as the protocol says."""
+        """Take a request over from its log, or do nothing when it is here.
+
+        Raises:
+            FailedPrecondition: the log gives the request to another, or asks for other weights.
+            ResourceExhausted: the queue is full.
+            DataLoss: the log is not as the protocol says.
+        """
         if self._loop.holds(request.request_id):
             return StartResponse()
         if self._loop.sessions >= self._queue:
@@ -94,7 +99,8 @@ class TargetService:
         session = self._session(writer, self._opened(writer))
         if isinstance(writer.stop, CancelledByClient):
             session.cancel()
-        if writer.log.closed is None:
+        # The same call may have come twice while the log was read.
+        if writer.log.closed is None and not self._loop.holds(request.request_id):
             self._loop.add(session)
         return StartResponse(sequence=writer.log.sequence)
 
@@ -175,11 +181,13 @@ async def create(context: Context) -> TargetService:
     build = f"countersign/{__version__} torch/{torch.__version__} python/{platform.python_version()}"
     prefixes = None
     if config.kv_store:
-        prefixes = Prefixes(context.bus, context.instance, info.weights_sha256, f"{CACHE_FORMAT}/{config.dtype}", context.log)
+        cache_format = f"{CACHE_FORMAT}/{config.dtype}"
+        prefixes = Prefixes(context.bus, context.instance, info.weights_sha256, cache_format, context.log)
+    drafts = Drafts(context.bus, context.config.draft.tokens, model.config.vocabulary_size, time.monotonic, context.log)
     loop = TargetLoop(
         Verifier(model, cache),
         cache,
-        Drafts(context.bus, context.config.draft.tokens, model.config.vocabulary_size, time.monotonic, context.log),
+        drafts,
         prefixes,
         capacity_tokens=config.cache_tokens,
         max_sequences=config.max_sequences,

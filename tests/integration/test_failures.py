@@ -68,12 +68,17 @@ async def test_the_target_dies_and_its_request_ends_with_a_typed_error_and_the_n
 ) -> None:
     before = await recovered(own_stack)
     killed = False
-    with pytest.raises(Unavailable) as caught:
+
+    async def answer() -> None:
+        nonlocal killed
         async with asyncio.timeout(30), Client(own_stack.router) as client:
-            async for event in client.generate(PROMPT, max_tokens=1900, ignore_eos=True, on_disconnect="continue"):
+            async for event in client.generate(PROMPT, max_tokens=1900, ignore_eos=True):
                 if isinstance(event, Tokens) and not killed:
                     killed = True
                     os.kill(service(own_stack, "target"), signal.SIGKILL)
+
+    with pytest.raises(Unavailable) as caught:
+        await answer()
     assert killed
     assert caught.value.reason == "TARGET_LOST"
     assert await recovered(own_stack) == before

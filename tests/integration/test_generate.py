@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -40,7 +41,7 @@ async def test_an_answer_streams_committed_tokens_and_ends_with_a_receipt_that_p
     report = audit(
         finished.receipt,
         trusted_keys=[load_public(stack.data_dir / "keys" / "receipts.pub")],
-        reference=load_reference(demo_models["target"]),
+        reference=partial(load_reference, demo_models["target"]),
     )
     assert report.verdict == "pass", report
     assert report.levels[-1].figures["exact_matches"] == len(tokens)
@@ -213,7 +214,9 @@ async def test_bytes_that_are_not_utf8_are_refused_and_nothing_is_lost(stack: Ru
     good = GenerateRequest(text="abc", sampling=SamplingParams(max_tokens=1))
     broken = good.SerializeToString().replace(b"abc", b"a\xffc")
     async with grpc.aio.insecure_channel(stack.router) as channel:
-        call = channel.unary_stream("/countersign.v1.RouterService/Generate")
+        call: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
+            "/countersign.v1.RouterService/Generate"
+        )
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(broken).read()
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -131,6 +131,16 @@ def test_top_p_counts_probability_among_the_survivors_of_top_k() -> None:
     assert gumbel.allowed(logits, temperature=1.0, top_k=2, top_p=0.5).tolist() == [0]
 
 
+def test_a_prefix_that_reaches_top_p_exactly_is_enough() -> None:
+    assert gumbel.allowed(np.zeros(4), temperature=1.0, top_k=0, top_p=0.5).tolist() == [0, 1]
+
+
+def test_top_p_just_below_one_still_drops_the_tail() -> None:
+    logits = np.log(np.array([0.003, 0.992, 0.005]))
+    assert gumbel.allowed(logits, temperature=1.0, top_k=3, top_p=0.99).tolist() == [1]
+    assert gumbel.allowed(logits, temperature=1.0, top_k=3, top_p=0.995).tolist() == [1, 2]
+
+
 def test_tokens_ruled_out_beforehand_are_never_allowed() -> None:
     logits = np.array([-math.inf, 1.0, -math.inf, 0.0])
     for top_k, top_p in ((0, 1.0), (3, 1.0), (3, 0.99)):
@@ -153,6 +163,15 @@ def test_pruning_changes_no_token_of_a_large_vocabulary(vocabulary: int) -> None
         assert ids.size == vocabulary
         token = gumbel.sample(logits, position, temperature=0.8, top_k=0, top_p=1.0, seed=1)
         assert token == ids[np.argmax(scores)]
+
+
+def test_a_token_far_below_the_largest_logit_can_win() -> None:
+    logits = np.full(128_256, -12.0)
+    logits[77] = 0.0
+    tokens = [gumbel.sample(logits, position, temperature=1.0, top_k=0, top_p=1.0, seed=3) for position in range(8)]
+    for position, token in enumerate(tokens):
+        assert token == np.argmax(logits + gumbel.gumbel(3, position, np.arange(128_256)))
+    assert 0 < tokens.count(77) < 8
 
 
 def test_frequencies_follow_the_softmax() -> None:

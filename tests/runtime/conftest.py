@@ -1,9 +1,12 @@
 """A real nats-server, connections to it, and a service whose handlers each test writes."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from countersign.services.runtime.bus import Bus
@@ -37,6 +40,30 @@ class KvService:
 async def server(tmp_path: Path) -> AsyncIterator[NatsServer]:
     async with NatsServer(tmp_path) as server:
         yield server
+
+
+@pytest.fixture
+def frozen(server: NatsServer) -> Callable[[], AbstractContextManager[None]]:
+    """``with frozen():`` the server takes bytes and does nothing with them."""
+
+    @contextmanager
+    def frozen() -> Iterator[None]:
+        assert server.child is not None
+        process = psutil.Process(server.child.pid)
+        process.suspend()
+        try:
+            while any("State:\tT" not in status for status in thread_states(process.pid)):
+                time.sleep(0.001)  # the signal reaches one thread after the other
+            yield
+        finally:
+            if process.is_running():
+                process.resume()
+
+    return frozen
+
+
+def thread_states(pid: int) -> list[str]:
+    return [file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/status")]
 
 
 @pytest.fixture

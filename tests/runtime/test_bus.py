@@ -23,7 +23,13 @@ from countersign.v1.kv_pb2 import GetStatsRequest, GetStatsResponse, LookupReque
 Connect = Callable[[], Awaitable[Bus]]
 
 
-async def lookup(bus: Bus, request: LookupRequest | None = None, *, timeout: float = 5, instance: str = "") -> int:
+async def lookup(
+    bus: Bus,
+    request: LookupRequest | None = None,
+    *,
+    timeout: float = 5,  # noqa: ASYNC109  what is tested
+    instance: str = "",
+) -> int:
     reply = await bus.call(
         "kv", "Lookup", request or LookupRequest(), LookupResponse, timeout=timeout, instance=instance or None
     )
@@ -264,6 +270,31 @@ async def test_stopping_answers_the_calls_in_hand(connect: Connect, bus: Bus, kv
     with pytest.raises(Unavailable) as caught:
         await lookup(bus)
     assert caught.value.reason == "NO_RESPONDERS"
+
+
+async def test_once_flushed_a_subscription_is_known_to_the_server(connect: Connect, bus: Bus) -> None:
+    peer = await connect()
+
+    async def answer(msg: Msg) -> None:
+        await peer.publish(msg.reply, b"", {})
+
+    for number in range(200):
+        await peer.subscribe(f"test.{number}", answer)
+        await peer.flush()
+        await bus.request(f"test.{number}", b"", {}, 5)
+
+
+async def test_no_call_is_lost_while_an_instance_stops(connect: Connect, bus: Bus, kv: type) -> None:
+    async def answer(request: LookupRequest, call: Call) -> LookupResponse:
+        return LookupResponse(found=1)
+
+    stays, leaves = await connect(), await connect()
+    await stays.serve("kv", "kv-0", kv(Lookup=answer).unary())
+    for number in range(20):
+        await leaves.serve("kv", f"kv-{number}", kv(Lookup=answer).unary())
+        calls = [asyncio.create_task(lookup(bus)) for _ in range(50)]
+        await leaves.stop_serving(5)
+        assert await asyncio.gather(*calls) == [1] * 50
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "*", ">", "a b", "x" * 65, "a\r\nPUB x 0"])

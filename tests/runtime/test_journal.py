@@ -1,9 +1,8 @@
 import asyncio
 import os
 import random
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, suppress
 from itertools import pairwise
 
 import pytest
@@ -17,6 +16,7 @@ from countersign.services.runtime.journal import COMMITS, Entry, Journal, WrongS
 from countersign.services.runtime.nats_server import NatsServer
 
 Connect = Callable[[], Awaitable[Bus]]
+Frozen = Callable[[], AbstractContextManager[None]]
 LOG = "cs.v1.commit.r1"
 OTHER = "cs.v1.commit.r2"
 
@@ -108,20 +108,32 @@ async def test_of_many_writers_at_once_exactly_one_wins_each_round(connect: Conn
     assert len(await journal.read(LOG)) == 10
 
 
-async def test_after_a_lost_acknowledgement_the_tail_tells_what_became_of_the_append(
-    server: NatsServer, journal: Journal
+async def test_after_a_lost_acknowledgement_appending_again_stores_the_entry_exactly_once(
+    frozen: Frozen, journal: Journal
 ) -> None:
-    assert server.child is not None
-    os.kill(server.child.pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(DeadlineExceeded) as caught:
-            await journal.append(LOG, b"mine", expected=0, timeout=0.2)
-    finally:
-        os.kill(server.child.pid, signal.SIGCONT)
+    with frozen(), pytest.raises(DeadlineExceeded) as caught:
+        await journal.append(LOG, b"mine", expected=0, timeout=0.2)
     assert caught.value.reason == "ACK_LOST"
-    last = await journal.last(LOG)
-    assert last is not None
-    assert last.data == b"mine"
+    with suppress(WrongSequence):  # the first one is stored by now
+        await journal.append(LOG, b"mine", expected=0, timeout=5)
+    (entry,) = await journal.read(LOG)
+    assert entry.data == b"mine"
+    assert await journal.last(LOG) == entry
+
+
+async def test_an_append_under_way_when_the_server_dies_is_lost_and_one_that_comes_late_is_refused(
+    server: NatsServer, frozen: Frozen, journal: Journal
+) -> None:
+    first = await journal.try_append(LOG, b"1", expected=0)
+    assert isinstance(first, int)
+    assert await journal.try_append(LOG, b"2", expected=0) == "refused"
+    assert server.child is not None
+    with frozen():
+        appending = asyncio.create_task(journal.try_append(LOG, b"2", expected=first))
+        await asyncio.sleep(0)
+        server.child.kill()
+        assert await appending == "lost"
+        await server.child.wait()
 
 
 async def test_a_tail_gives_what_was_there_and_what_comes(journal: Journal) -> None:

@@ -25,9 +25,6 @@ def test_a_value_that_could_be_misread_is_quoted(value: str) -> None:
 
 
 def test_a_traceback_stays_in_one_line() -> None:
-    try:
-        raise ValueError("two\nlines")
-    except ValueError as error:
-        text = line("failed\nbadly", exception=error)
+    text = line("failed\nbadly", exception=ValueError("two\nlines"))
     assert "\n" not in text
     assert "ValueError: two" in text

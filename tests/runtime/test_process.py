@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -61,15 +62,17 @@ async def ended(process: asyncio.subprocess.Process) -> tuple[int | None, str]:
 async def serving(instance: Instance) -> None:
     """Return when its gRPC server says that it serves."""
     async with Channel(instance.address) as channel, asyncio.timeout(20):
-        path, request = "/grpc.health.v1.Health/Check", HealthCheckRequest()
-        while (await channel.unary(path, request, HealthCheckResponse, 5)).status != HealthCheckResponse.SERVING:
-            await asyncio.sleep(0.01)
+        path, request = "/grpc.health.v1.Health/Watch", HealthCheckRequest()
+        async with aclosing(channel.stream(path, request, HealthCheckResponse, 20)) as states:
+            async for state in states:
+                if state.status == HealthCheckResponse.SERVING:
+                    return
 
 
 async def gone(registry: Registry) -> None:
     """Return when no kv service is in the registry; a withdrawal that was not sent is noticed sooner than the TTL."""
     async with asyncio.timeout(2):
-        while registry.live("kv"):
+        while registry.live("kv"):  # noqa: ASYNC110  the registry offers no event for this
             await asyncio.sleep(0.01)
 
 

@@ -53,7 +53,7 @@ def serve(kv: type) -> Serve:
     return serve
 
 
-async def lookup(channel: Channel, *, timeout: float = 5, holder: str = "") -> int:
+async def lookup(channel: Channel, *, timeout: float = 5, holder: str = "") -> int:  # noqa: ASYNC109  what is tested
     return (await channel.unary(LOOKUP, LookupRequest(holder=holder), LookupResponse, timeout)).found
 
 
@@ -167,15 +167,19 @@ async def test_a_typed_error_arrives_whole_from_every_shape_of_call(serve: Serve
 
     async with serve(Lookup=unary, Get=stream, Put=unary) as channel:
         with pytest.raises(NotFound) as caught:
-            if shape == "unary":
-                await lookup(channel)
-            elif shape == "stream":
-                async for reply in channel.stream(GET, GetRequest(), GetResponse, 5):
-                    assert reply.key == b"1"
-            else:
-                await channel.put_stream(PUT, requests(b"1"), PutResponse, 5)
+            await _call(channel, shape)
     error = caught.value
     assert (error.message, error.reason, error.metadata) == ("no such key ü\n", "NO_KEY", {"key": "k"})
+
+
+async def _call(channel: Channel, shape: str) -> None:
+    if shape == "unary":
+        await lookup(channel)
+    elif shape == "stream":
+        async for reply in channel.stream(GET, GetRequest(), GetResponse, 5):
+            assert reply.key == b"1"
+    else:
+        await channel.put_stream(PUT, requests(b"1"), PutResponse, 5)
 
 
 async def test_the_longest_error_still_arrives_with_its_details(serve: Serve) -> None:
@@ -207,7 +211,7 @@ async def test_bytes_that_are_no_request_are_an_invalid_argument_and_the_server_
 ) -> None:
     async with serve(Lookup=answer_one) as channel:
         with pytest.raises(InvalidArgument) as caught:
-            await channel.unary(LOOKUP, _Bytes(data), LookupResponse, 5)  # type: ignore[arg-type]  # not a message
+            await channel.unary(LOOKUP, _Bytes(data), LookupResponse, 5)
         assert caught.value.reason == "MALFORMED_REQUEST"
         assert await lookup(channel) == 1
 
@@ -315,7 +319,7 @@ async def test_a_message_over_the_limit_is_a_typed_error(serve: Serve) -> None:
     async with serve(Lookup=answer_one) as channel:
         with pytest.raises(ResourceExhausted):
             await lookup(channel, holder="x" * (65 << 20))
-        assert await lookup(channel, holder="x" * (60 << 20)) == 1
+        assert await lookup(channel, holder="x" * (8 << 20)) == 1
 
 
 async def test_health_is_told_for_each_service_and_the_whole(kv: type) -> None:

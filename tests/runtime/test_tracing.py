@@ -1,4 +1,5 @@
 from collections.abc import AsyncIterator
+from itertools import pairwise
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -68,8 +69,8 @@ async def test_a_call_over_grpc_that_calls_over_nats_is_one_trace(
 
     outer, inner = by_kind(exporter, "countersign.v1.KvService/Lookup"), by_kind(exporter, "kv/GetStats")
     chain = [outer[SpanKind.CLIENT], outer[SpanKind.SERVER], inner[SpanKind.CLIENT], inner[SpanKind.SERVER]]
-    assert all(is_child(child, parent) for parent, child in zip(chain, chain[1:], strict=False))
-    assert len({span.get_span_context().trace_id for span in chain}) == 1
+    assert all(is_child(child, parent) for parent, child in pairwise(chain))
+    assert len({context.trace_id for span in chain if (context := span.get_span_context())}) == 1
     assert chain[1].attributes == {
         "rpc.system": "grpc",
         "rpc.service": "countersign.v1.KvService",

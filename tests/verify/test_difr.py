@@ -40,7 +40,7 @@ from countersign.verify.testing import (
 )
 
 PROMPT = tuple(range(60, 90))
-TOKENS = 48
+TOKENS = 32
 
 
 @pytest.fixture(scope="module")
@@ -288,8 +288,10 @@ def test_the_binomial_tail_is_the_sum_of_its_chances(size: int, rate: float, dat
     assert binomial_tail(count, size, rate) == pytest.approx(exact, rel=1e-9)
 
 
-def test_none_is_never_too_many() -> None:
+def test_too_many_is_what_chance_does_not_explain_and_none_is_never_too_many() -> None:
     assert not too_many(0, 10, 0.0)
     assert not too_many(0, 10, 0.01)
     assert too_many(1, 10, 0.0)
+    assert not too_many(1, 10, 0.01)  # one token in ten, as one answer in ten has by chance
+    assert too_many(3, 10, 0.01)
     assert too_many(10, 10, 0.01)

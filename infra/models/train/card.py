@@ -43,7 +43,11 @@ def write() -> None:
     runs = {temperature: speculate(temperature) for temperature in (0.0, 0.8)}
     for role in ("target", "draft"):
         (MODELS / f"demo-{role}" / "README.md").write_text(_card(role, losses, bytes_per_token, runs))
-    print(json.dumps({"loss": losses, "bytes_per_token": bytes_per_token, "runs": {str(k): str(v) for k, v in runs.items()}}))
+    print(
+        json.dumps(
+            {"loss": losses, "bytes_per_token": bytes_per_token, "runs": {str(k): str(v) for k, v in runs.items()}}
+        )
+    )
 
 
 @torch.no_grad()
@@ -105,43 +109,55 @@ def _card(role: str, losses: dict[str, float], bytes_per_token: float, runs: dic
     model = LlamaForCausalLM.from_pretrained(MODELS / f"demo-{role}")
     size = sum(parameter.numel() for parameter in model.parameters())
     how = "cross-entropy" if role == "target" else "0.2 cross-entropy + 0.8 KL to the target (distilled)"
-    lines = [
-        "---",
-        "license: apache-2.0",
-        "language: [code]",
-        "library_name: transformers",
-        "---",
-        f"# demo-{role}",
-        "",
-        f"A Llama of {size / 1e6:.2f} M parameters ({config['num_hidden_layers']} layers, d {config['hidden_size']}, vocabulary "
-        f"{config['vocab_size']}, context {config['max_position_embeddings']}) that continues Python source: the {role} of Countersign's demo pair. "
-        "It exists to be small and auditable, not to be good.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| held-out loss | {losses[role]:.4f} nats/token |",
-        f"| held-out bits per byte | {losses[role] / bytes_per_token / np.log(2):.4f} |",
-        f"| the other of the pair | {losses['draft' if role == 'target' else 'target']:.4f} nats/token "
-        f"(gap {losses['draft'] - losses['target']:.4f}) |",
-        *(
-            f"| tokens per target pass, drafts of {DRAFTS}, temperature {t:g} | {run.tokens_per_pass:.3f} "
-            f"({run.accepted:.1%} of proposals accepted) |"
-            for t, run in runs.items()
-        ),
-        f"| training | {facts['steps']} steps of {facts['recipe']['batch'] * facts['recipe']['length']} tokens "
-        f"({facts['tokens'] / 1e6:.1f} M), {how}, seed {facts['recipe']['seed']} |",
-        f"| time | {facts['seconds'] / 60:.0f} minutes on 2 shared CPU cores |",
-        "| weights | bf16 |",
-        "",
-        f"Acceptance is over {PROMPTS} prompts of held-out files, {TOKENS} tokens each. Held out are the standard-library modules in",
-        "`infra/models/heldout.txt` and every file that repeats them.",
-        "",
-        "## Data",
-        "",
-        "Source code that the training machine held: the Python standard library (PSF licence) and installed packages whose own",
-        "metadata declares a permissive licence:",
-        "",
-        ", ".join(sources) + ".",
-        "",
-    ]
-    return "\n".join(lines)
+    other = "draft" if role == "target" else "target"
+    shape = f"{config['num_hidden_layers']} layers, d {config['hidden_size']}, vocabulary {config['vocab_size']}"
+    batch = facts["recipe"]["batch"] * facts["recipe"]["length"]
+    amount = f"{facts['steps']} steps of {batch} tokens ({facts['tokens'] / 1e6:.1f} M)"
+    figures = {
+        "held-out loss": f"{losses[role]:.4f} nats/token",
+        "held-out bits per byte": f"{losses[role] / bytes_per_token / np.log(2):.4f}",
+        f"loss of the {other}": f"{losses[other]:.4f} nats/token (gap {losses['draft'] - losses['target']:.4f})",
+        **{_SPECULATION.format(DRAFTS, t): _speculated(run) for t, run in runs.items()},
+        "training": f"{amount}, {how}, seed {facts['recipe']['seed']}",
+        "time": f"{facts['seconds'] / 60:.0f} minutes on 2 shared CPU cores",
+        "weights": "bf16",
+    }
+    return _CARD.format(
+        role=role,
+        size=size / 1e6,
+        shape=shape,
+        context=config["max_position_embeddings"],
+        figures="\n".join(f"| {name} | {value} |" for name, value in figures.items()),
+        prompts=PROMPTS,
+        tokens=TOKENS,
+        sources=", ".join(sources),
+    )
+
+
+def _speculated(run: Speculation) -> str:
+    return f"{run.tokens_per_pass:.3f} ({run.accepted:.1%} of proposals accepted)"
+
+
+_SPECULATION = "tokens per target pass, drafts of {}, temperature {:g}"
+_CARD = """---
+license: apache-2.0
+language: [code]
+library_name: transformers
+---
+# demo-{role}
+
+A Llama of {size:.2f} M parameters ({shape}, context {context}) that continues Python source: the {role} of
+Countersign's demo pair. It exists to be small and auditable, not to be good.
+
+| | |
+|---|---|
+{figures}
+
+Acceptance is over {prompts} prompts of held-out files, {tokens} tokens each. Held out are the standard-library modules
+in `infra/models/heldout.txt` and every file that repeats them.
+
+## Data
+
+Source code that the training machine held: the Python standard library (PSF licence) and installed packages whose own
+metadata declares a permissive licence: {sources}.
+"""

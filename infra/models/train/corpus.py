@@ -103,9 +103,9 @@ def _read(name: str, root: Path, paths: Iterator[Path]) -> Iterator[Document]:
 
 def _permissive(distribution: importlib.metadata.Distribution) -> bool:
     metadata = distribution.metadata
-    declared = [metadata.get("License-Expression") or "", (metadata.get("License") or "")[:200]]
+    declared = [value for name in ("License-Expression", "License") for value in metadata.get_all(name) or ()]
     declared += [value for value in metadata.get_all("Classifier") or () if value.startswith("License")]
-    text = " ".join(declared)
+    text = " ".join(value[:200] for value in declared)
     return bool(PERMISSIVE.search(text)) and not COPYLEFT.search(text)
 
 

@@ -68,7 +68,6 @@ class Recipe:
                 bos_token_id=0,
                 eos_token_id=0,
                 rms_norm_eps=1e-5,
-                attn_implementation="sdpa",
             )
         )
 
@@ -81,9 +80,9 @@ RECIPES = {
 
 def train_tokenizer() -> None:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -99,11 +98,12 @@ def train_tokenizer() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(WORK / "tokenizer.json"))
     (WORK / "sources.json").write_text(json.dumps(summary))
-    for split, texts in (("train", documents), ("heldout", corpus.heldout())):
+    for name, texts in (("train", documents), ("heldout", corpus.heldout())):
         encoded = tokenizer.encode_batch([document.text for document in texts])
         ids = np.concatenate([np.asarray(item.ids, dtype=np.uint16) for item in encoded])
-        np.save(WORK / f"{split}.npy", ids)
-        print(f"{split}: {len(texts)} files, {ids.size} tokens, {sum(len(d.text.encode()) for d in texts) / ids.size:.2f} bytes/token")
+        np.save(WORK / f"{name}.npy", ids)
+        size = sum(len(document.text.encode()) for document in texts)
+        print(f"{name}: {len(texts)} files, {ids.size} tokens, {size / ids.size:.2f} bytes/token")
 
 
 def batches(recipe: Recipe, step: int, steps: int, ids: np.ndarray) -> Iterator[torch.Tensor]:
@@ -145,7 +145,7 @@ def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opti
 
 
 def loss_of(model: Callable[..., Any], teacher: LlamaForCausalLM | None, rows: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy; with a teacher, half of it plus half of the KL to the teacher's distribution."""
+    """Cross-entropy; with a teacher, a fifth of it plus four fifths of the KL to the teacher's distribution."""
     inputs, labels = rows[:, :-1], rows[:, 1:].reshape(-1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(inputs).logits.flatten(0, 1)
@@ -154,68 +154,111 @@ def loss_of(model: Callable[..., Any], teacher: LlamaForCausalLM | None, rows: t
         return loss
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         target = teacher(inputs).logits.flatten(0, 1)
-    distance = F.kl_div(logits.float().log_softmax(-1), target.float().log_softmax(-1), log_target=True, reduction="batchmean")
-    return 0.2 * loss + 0.8 * distance
+    ours, wanted = logits.float().log_softmax(-1), target.float().log_softmax(-1)
+    return 0.2 * loss + 0.8 * F.kl_div(ours, wanted, log_target=True, reduction="batchmean")
 
 
-def train(which: str, steps: int, save_every: int, compiled: bool) -> None:
-    recipe = RECIPES[which]
-    model = recipe.model()
+@dataclass(slots=True)
+class Run:
+    """A model in training; ``seconds`` is the time spent so far, over all its sessions."""
+
+    role: str
+    recipe: Recipe
+    model: LlamaForCausalLM
+    optims: list[torch.optim.Optimizer]
+    step: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def resumed(cls, role: str) -> Run:
+        """From the checkpoint, or from the start."""
+        recipe = RECIPES[role]
+        model = recipe.model()
+        run = cls(role, recipe, model, optimizers(model, recipe))
+        if run.checkpoint.exists():
+            state = torch.load(run.checkpoint, weights_only=True)
+            model.load_state_dict(state["model"])
+            for optim, saved in zip(run.optims, state["optims"], strict=True):
+                optim.load_state_dict(saved)
+            run.step, run.seconds = state["step"], state["seconds"]
+        return run
+
+    @property
+    def checkpoint(self) -> Path:
+        return WORK / f"{self.role}.pt"
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.recipe.batch * self.recipe.length
+
+    def save(self, steps: int) -> None:
+        """Checkpoint, Hugging Face folder, and the facts for the model card."""
+        optims = [optim.state_dict() for optim in self.optims]
+        state = {"model": self.model.state_dict(), "optims": optims, "step": self.step, "seconds": self.seconds}
+        fresh = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, fresh)
+        fresh.replace(self.checkpoint)
+        export(self.model, self.recipe)
+        facts = {"recipe": asdict(self.recipe), "steps": self.step, "of": steps, "tokens": self.tokens}
+        (WORK / f"{self.role}.json").write_text(json.dumps({**facts, "seconds": round(self.seconds)}))
+        print(f"{self.role} step {self.step}: held-out {heldout_loss(self.model):.4f} nats/token", flush=True)
+
+
+def train(role: str, steps: int, save_every: int, compiled: bool) -> None:
+    """Train ``role`` up to ``steps``; saves every so many steps and at the end."""
+    run = Run.resumed(role)
     teacher = None
-    if which == "draft":
+    if role == "draft":
         teacher = LlamaForCausalLM.from_pretrained(MODELS / RECIPES["target"].name, dtype=torch.float32).eval()
-    optims = optimizers(model, recipe)
-    checkpoint = WORK / f"{which}.pt"
-    step, seconds = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optim, saved in zip(optims, state["optims"], strict=True):
-            optim.load_state_dict(saved)
-        step, seconds = state["step"], state["seconds"]
-    forward = torch.compile(model, dynamic=False) if compiled else model
-    ids = np.load(WORK / "train.npy", mmap_mode="r")
-    source = batches(recipe, step, steps, ids)
-    mean, begin = 0.0, time.perf_counter()
-    while step < steps:
-        for optim in optims:
-            for group in optim.param_groups:
-                group["lr"] = recipe.learning_rate * rate(step, steps)
-        micro = next(source).chunk(2)
-        total = 0.0
-        for rows in micro:
-            loss = loss_of(forward, teacher, rows) / len(micro)
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-            optim.zero_grad(set_to_none=True)
-        step += 1
-        mean = total if mean == 0.0 else 0.95 * mean + 0.05 * total
-        if step % 20 == 0:
-            used = seconds + time.perf_counter() - begin
-            print(f"{which} step {step}/{steps} loss {mean:.4f} {used:.0f} s {step * recipe.batch * recipe.length / used:.0f} tok/s", flush=True)
-        if step % save_every == 0 or step == steps:
-            used = seconds + time.perf_counter() - begin
-            state = {"model": model.state_dict(), "optims": [o.state_dict() for o in optims], "step": step, "seconds": used}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-            export(model, recipe)
-            facts = {"recipe": asdict(recipe), "steps": step, "of": steps, "seconds": round(used), "tokens": step * recipe.batch * recipe.length}
-            (WORK / f"{which}.json").write_text(json.dumps(facts))
-            print(f"{which} step {step}: held-out {heldout_loss(model):.4f} nats/token", flush=True)
+    forward = torch.compile(run.model, dynamic=False) if compiled else run.model
+    source = batches(run.recipe, run.step, steps, np.load(WORK / "train.npy", mmap_mode="r"))
+    mean = 0.0
+    while run.step < steps:
+        began = time.perf_counter()
+        loss = take_step(run, forward, teacher, next(source), rate(run.step, steps))
+        run.step, run.seconds = run.step + 1, run.seconds + time.perf_counter() - began
+        mean = loss if mean == 0.0 else 0.95 * mean + 0.05 * loss
+        if run.step % 20 == 0:
+            speed = run.tokens / run.seconds
+            print(f"{role} step {run.step}/{steps} loss {mean:.4f} {run.seconds:.0f} s {speed:.0f} tok/s", flush=True)
+        if run.step % save_every == 0 or run.step == steps:
+            run.save(steps)
+
+
+def take_step(
+    run: Run, forward: Callable[..., Any], teacher: LlamaForCausalLM | None, rows: torch.Tensor, factor: float
+) -> float:
+    """One optimizer step over a batch, in two halves; its loss."""
+    for optim in run.optims:
+        for group in optim.param_groups:
+            group["lr"] = run.recipe.learning_rate * factor
+    total = 0.0
+    halves = rows.chunk(2)
+    for half in halves:
+        loss = loss_of(forward, teacher, half) / len(halves)
+        loss.backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    for optim in run.optims:
+        optim.step()
+        optim.zero_grad(set_to_none=True)
+    return total
 
 
 def export(model: LlamaForCausalLM, recipe: Recipe) -> None:
     """An ordinary Hugging Face folder in bf16."""
     folder = MODELS / recipe.name
-    copy = recipe.model().to(torch.bfloat16)
+    copy = recipe.model().bfloat16()
     copy.load_state_dict({k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
     copy.save_pretrained(folder)
     (folder / "tokenizer.json").write_text((WORK / "tokenizer.json").read_text())
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
-                "model_max_length": CONTEXT, "clean_up_tokenization_spaces": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "model_max_length": CONTEXT,
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -240,7 +283,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="torch.compile: half as fast again; needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: faster; needs a C++ compiler")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.what == "tokenizer":

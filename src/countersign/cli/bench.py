@@ -13,11 +13,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -30,7 +30,7 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. ``bar`` is what an issue asks for, ``met`` whether it was reached; ``ratio`` is value / peer's value."""
+    """One figure. ``bar`` is what an issue asks for, ``met`` whether it was reached; ``ratio`` compares with the peer."""
 
     bench: str
     case: str
@@ -44,7 +44,7 @@ class Row:
     ratio: float | None = None
 
 
-Run = Callable[[bool], Awaitable[list[Row]]]
+Run = Callable[[bool], Coroutine[Any, Any, list[Row]]]
 
 
 def bench(
@@ -53,7 +53,7 @@ def bench(
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON lines.")] = False,
 ) -> None:
     """Run one benchmark of this checkout."""
-    rows = asyncio.run(cast("Run", load(name))(quick))  # type: ignore[arg-type]  # a coroutine, as the contract above says
+    rows = asyncio.run(load(name)(quick))
     stamped = [{**_plain(row), **_stamp()} for row in rows]
     lines = "".join(json.dumps(row) + "\n" for row in stamped)
     if not quick:

@@ -90,12 +90,12 @@ async def _run(console: Console, overrides: Sequence[str]) -> Summary:
         config = load(None, os.environ, [*own, *overrides])
         prompts = heldout_prompts(config.target.model.parent, PROMPTS)
         console.rule("six services and nats-server start, each a process")
-        async with Supervisor(config, on_event=lambda event: _started(console, event)) as stack:
-            async with Client(stack.router_address) as client:
-                runs = [await _complete(console, client, p, t) for p, t in zip(prompts, TEMPERATURES, strict=True)]
-                audited = await _audit(console, stack.address("auditor"), runs)
-                refused = _forge(console, config, runs[0].finished.receipt)
-                identical = await _without_draft(console, client, prompts, runs)
+        supervisor = Supervisor(config, on_event=lambda event: _started(console, event))
+        async with supervisor as stack, Client(stack.router_address) as client:
+            runs = [await _complete(console, client, p, t) for p, t in zip(prompts, TEMPERATURES, strict=True)]
+            audited = await _audit(console, stack.address("auditor"), runs)
+            refused = _forge(console, config, runs[0].finished.receipt)
+            identical = await _without_draft(console, client, prompts, runs)
     passes = sum(run.finished.usage.target_passes for run in runs)
     tokens = sum(len(run.token_ids) for run in runs)
     drafted = sum(run.finished.usage.drafted_tokens for run in runs)
@@ -171,7 +171,7 @@ async def _audit(console: Console, address: str, runs: Sequence[Run]) -> int:
             good = verdict.verdict == AuditOutcome.AUDIT_OUTCOME_PASS
             passed += good
             colour = "green" if good else "red"
-            word = "PASS" if good else "FAIL"
+            word = AuditOutcome.Name(verdict.verdict).removeprefix("AUDIT_OUTCOME_")
             console.print(f"[{colour}]{word}[/{colour}]  {verdict.levels[-1].summary}")
     finally:
         await channel.close()
