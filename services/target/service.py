@@ -96,11 +96,11 @@ class TargetService:
                 help="try again later",
             )
         writer = await self._take_over(request)
-        session = self._session(writer, self._opened(writer))
-        if isinstance(writer.stop, CancelledByClient):
-            session.cancel()
         # The same call may have come twice while the log was read.
         if writer.log.closed is None and not self._loop.holds(request.request_id):
+            session = self._session(writer, self._opened(writer))
+            if isinstance(writer.stop, CancelledByClient):
+                session.cancel()
             self._loop.add(session)
         return StartResponse(sequence=writer.log.sequence)
 

@@ -3,6 +3,8 @@
 import asyncio
 import os
 
+from nats.aio.msg import Msg
+
 from countersign.services.runtime import process
 from countersign.services.runtime.service import Call, Context
 from countersign.v1 import kv_pb2
@@ -27,9 +29,20 @@ class Kv:
 
     async def Lookup(self, request: kv_pb2.LookupRequest, call: Call) -> kv_pb2.LookupResponse:
         if request.holder == "slow":
-            await self._context.bus.publish("test.slow.started", b"", {})
-            await asyncio.sleep(0.5)
+            await self._wait_for_go()
         return kv_pb2.LookupResponse(found=1, address=self._context.address())
+
+    async def _wait_for_go(self) -> None:
+        go = asyncio.Event()
+
+        async def receive(msg: Msg) -> None:
+            go.set()
+
+        bus = self._context.bus
+        await bus.subscribe("test.slow.go", receive)
+        await bus.flush()
+        await bus.publish("test.slow.started", b"", {})
+        await go.wait()
 
     async def Reserve(self, request: kv_pb2.ReserveRequest, call: Call) -> kv_pb2.ReserveResponse:
         return kv_pb2.ReserveResponse()

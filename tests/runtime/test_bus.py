@@ -51,17 +51,24 @@ async def test_a_call_returns_what_the_handler_answers(connect: Connect, bus: Bu
     assert 0 < calls[0].remaining() <= 7
 
 
-async def test_calls_go_to_any_instance_or_to_the_one_named(connect: Connect, bus: Bus, kv: type) -> None:
+async def test_a_call_goes_to_one_instance_any_or_the_one_named(connect: Connect, bus: Bus, kv: type) -> None:
+    answered: list[int] = []
+
     def numbered(number: int) -> Callable[..., Awaitable[LookupResponse]]:
         async def answer(request: LookupRequest, call: Call) -> LookupResponse:
+            answered.append(number)
             return LookupResponse(found=number)
 
         return answer
 
-    for number in (1, 2):
-        await (await connect()).serve("kv", f"kv-{number}", kv(Lookup=numbered(number)).unary())
-    assert {await lookup(bus) for _ in range(40)} == {1, 2}
-    assert {await lookup(bus, instance="kv-2") for _ in range(10)} == {2}
+    peers = [await connect(), await connect()]
+    for number, peer in enumerate(peers):
+        await peer.serve("kv", f"kv-{number}", kv(Lookup=numbered(number)).unary())
+    assert {await lookup(bus) for _ in range(40)} == {0, 1}
+    assert {await lookup(bus, instance="kv-1") for _ in range(10)} == {1}
+    for peer in peers:
+        await peer.stop_serving(5)
+    assert len(answered) == 50
 
 
 async def test_a_slow_call_does_not_hold_up_the_next(connect: Connect, bus: Bus, kv: type) -> None:
@@ -278,23 +285,32 @@ async def test_once_flushed_a_subscription_is_known_to_the_server(connect: Conne
     async def answer(msg: Msg) -> None:
         await peer.publish(msg.reply, b"", {})
 
-    for number in range(200):
+    for number in range(100):
         await peer.subscribe(f"test.{number}", answer)
         await peer.flush()
         await bus.request(f"test.{number}", b"", {}, 5)
 
 
 async def test_no_call_is_lost_while_an_instance_stops(connect: Connect, bus: Bus, kv: type) -> None:
-    async def answer(request: LookupRequest, call: Call) -> LookupResponse:
+    reached = asyncio.Event()
+
+    async def stay(request: LookupRequest, call: Call) -> LookupResponse:
+        return LookupResponse(found=1)
+
+    async def leave(request: LookupRequest, call: Call) -> LookupResponse:
+        reached.set()
         return LookupResponse(found=1)
 
     stays, leaves = await connect(), await connect()
-    await stays.serve("kv", "kv-0", kv(Lookup=answer).unary())
-    for number in range(20):
-        await leaves.serve("kv", f"kv-{number}", kv(Lookup=answer).unary())
-        calls = [asyncio.create_task(lookup(bus)) for _ in range(50)]
+    await stays.serve("kv", "kv-0", kv(Lookup=stay).unary(), queue=1000)
+    for number in range(5):
+        await leaves.serve("kv", f"kv-{number}", kv(Lookup=leave).unary(), queue=1000)
+        reached.clear()
+        calls = [asyncio.create_task(lookup(bus)) for _ in range(300)]
+        async with asyncio.timeout(5):
+            await reached.wait()
         await leaves.stop_serving(5)
-        assert await asyncio.gather(*calls) == [1] * 50
+        assert await asyncio.gather(*calls) == [1] * 300
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "*", ">", "a b", "x" * 65, "a\r\nPUB x 0"])

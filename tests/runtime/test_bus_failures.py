@@ -103,6 +103,13 @@ async def test_a_frozen_server_costs_a_call_its_timeout_and_no_more(frozen: Froz
         assert time.monotonic() - before < 10
 
 
+async def test_publishing_to_a_frozen_server_does_not_block_for_ever(frozen: Frozen, bus: Bus) -> None:
+    with frozen():
+        for _ in range(8):  # more than sockets and buffers hold
+            async with asyncio.timeout(10):
+                await bus.publish("test.big", b"x" * 1_000_000, {})
+
+
 async def test_a_closed_bus_says_so(bus: Bus) -> None:
     await bus.close()
     await bus.wait_closed()

@@ -115,6 +115,9 @@ async def test_calls_in_hand_are_answered_before_the_process_ends(start: Start, 
         await started.get()
         process.terminate()
         process.send_signal(signal.SIGINT)  # a second signal changes nothing
+        await gone(registry)
+        assert not any(call.done() for call in calls)
+        await bus.publish("test.slow.go", b"", {})
         assert [reply.found for reply in await asyncio.gather(*calls)] == [1, 1]
     code, log = await ended(process)
     assert code == 0, log

@@ -30,7 +30,7 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. ``bar`` is what an issue asks for, ``met`` whether it was reached; ``ratio`` compares with the peer."""
+    """One figure. ``bar`` is what an issue asks for, ``met`` whether it was reached; ``ratio`` is to the peer."""
 
     bench: str
     case: str

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -76,6 +77,8 @@ def demo(
         summary = asyncio.run(_run(console, list(set_ or [])))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except asyncio.CancelledError:
+        raise typer.Exit(128 + signal.SIGTERM) from None
     if json_:
         sys.stdout.write(json.dumps(dataclasses.asdict(summary)) + "\n")
     if not summary.good:
@@ -85,6 +88,9 @@ def demo(
 
 async def _run(console: Console, overrides: Sequence[str]) -> Summary:
     began = time.monotonic()
+    # As Ctrl-C does: stop what was started, remove the folder.
+    if (task := asyncio.current_task()) is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with tempfile.TemporaryDirectory(prefix="countersign-demo-") as folder:
         own = [f"data_dir={folder}", "router.listen=127.0.0.1:0"]
         config = load(None, os.environ, [*own, *overrides])
