@@ -79,3 +79,15 @@ def test_the_packer_tries_each_shape_once_and_tells_the_mode(monkeypatch: pytest
 def test_without_onednn_products_are_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert LinearPacker().pack(normal(8, 16)).mode is LinearMode.TILED
+
+
+def test_tiles_always_have_16_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    product, rows, plain = TiledLinear(normal(8, 16), None), [], F.linear
+
+    def recorded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows.append(len(x))
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(linear.F, "linear", recorded)
+    assert product(normal(36, 16)).shape == (36, 8)
+    assert rows == [16, 16, 16]

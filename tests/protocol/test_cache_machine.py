@@ -118,6 +118,9 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(path=paths, holder=holders, size=st.integers(1, 3), ttl=st.integers(1, 8), whole=st.booleans())
     def reserve(self, path: Path, holder: str, size: int, ttl: int, whole: bool) -> None:
         """One block, or the chain down to it as a target does."""
+        self.reserve_chain(path, holder, size, ttl, whole)
+
+    def reserve_chain(self, path: Path, holder: str, size: int, ttl: int, whole: bool) -> None:
         chain = chain_of(path)
         for depth in range(1 if whole else len(chain), len(chain) + 1):
             self.reserve_one((path[0], path[1][:depth]), chain[:depth], holder, size * 10, ttl)
@@ -148,12 +151,21 @@ class CacheMachine(RuleBasedStateMachine):
         old.lease, old.holder, old.expires = new.lease, new.holder, max(old.expires, new.expires)
         self.saw("a lease is renewed")
 
+    @rule(path=paths, holder=holders, size=st.integers(1, 2))
+    def write(self, path: Path, holder: str, size: int) -> None:
+        """The good case: a chain is reserved and sealed, as far as there is room."""
+        before = len(self.leases)
+        self.reserve_chain(path, holder, size, 8, True)
+        for key, lease in self.leases[before:]:
+            self.seal_one(key, lease)
+
     @rule(which=st.integers(0, 30))
     def seal(self, which: int) -> None:
         """Any lease ever given: some have lapsed, some blocks have gone, some are sealed already."""
-        if not self.leases:
-            return
-        key, lease = self.leases[-1 - which % len(self.leases)]
+        if self.leases:
+            self.seal_one(*self.leases[-1 - which % len(self.leases)])
+
+    def seal_one(self, key: bytes, lease: int) -> None:
         block = self.blocks.get(key)
         holds = block is not None and not block.sealed and block.lease == lease and block.expires > self.now
         parent = self.blocks.get(block.parent) if block is not None else None
@@ -346,4 +358,4 @@ def test_each_deliberate_bug_is_killed_by_the_property_it_should_violate(
     mutant(monkeypatch)
     machine = type("Broken", (CacheMachine,), {"seen": set(), "properties": (killer,)})
     with pytest.raises(Violated, match=killer):
-        run(machine, examples=600)
+        run(machine, examples=3000)

@@ -306,7 +306,9 @@ async def test_no_call_is_lost_while_an_instance_stops(connect: Connect, bus: Bu
     for number in range(5):
         await leaves.serve("kv", f"kv-{number}", kv(Lookup=leave).unary(), queue=1000)
         reached.clear()
-        calls = [asyncio.create_task(lookup(bus)) for _ in range(300)]
+        # More than one read of the socket, so that some are on their way when the first is answered.
+        request = LookupRequest(holder="x" * 2000)
+        calls = [asyncio.create_task(lookup(bus, request)) for _ in range(300)]
         async with asyncio.timeout(5):
             await reached.wait()
         await leaves.stop_serving(5)
