@@ -88,6 +88,6 @@ def test_tiles_always_have_16_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         rows.append(len(x))
         return plain(x, weight, bias)
 
-    monkeypatch.setattr(linear.F, "linear", recorded)
+    monkeypatch.setattr(F, "linear", recorded)
     assert product(normal(36, 16)).shape == (36, 8)
     assert rows == [16, 16, 16]

@@ -97,7 +97,7 @@ def test_verification_yields_the_targets_own_tokens_whatever_is_proposed(
         plain.tokens.extend(result.sampled.token_ids)
     right = plain.tokens[3:]
     drafted = session(cache, "drafted", [5, 6, 7])
-    offered = tuple([*right[: len(proposals)], wrong, *proposals])
+    offered = (*right[: len(proposals)], wrong, *proposals)
     drafted.tokens.append(right[0])
     model.forward(cache, [Span(drafted.sequence, [5, 6, 7], 0)])
     (result,) = verifier.step(plan([drafted], {"drafted": offered[1:]}, chunk=64))
