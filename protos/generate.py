@@ -28,7 +28,8 @@ def generate(out: Path) -> None:
     if protoc.main(arguments) != 0:
         raise RuntimeError("protoc refused the contracts; its message is above")
     package = out / "countersign" / "v1"
-    (package / "__init__.py").write_text('"""Generated from protos/countersign/v1: do not edit, run `make protos`."""\n')
+    note = '"""Generated from protos/countersign/v1: do not edit, run `make protos`."""'
+    (package / "__init__.py").write_text(note + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Carries out a machine's effects against a store of logs. The store is a port: NATS in a service, a simulator in tests."""
+"""Carries out a machine's effects against a store of logs: NATS in a service, a simulator in tests."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Outage(Exception):
 
 @dataclass
 class Store:
-    """One subject with compare-and-set. ``lose`` swallows that many acknowledgements, ``outages`` fail that many calls."""
+    """One subject with compare-and-set. ``lose`` swallows so many acknowledgements, ``outages`` fail so many reads."""
 
     records: list[Record] = field(default_factory=list)
     lose: int = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 
 from countersign.services.draft.proposer import Ask, Proposer

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import corpus
 import numpy as np
@@ -74,7 +73,7 @@ class Recipe:
 
 RECIPES = {
     "target": Recipe("demo-target", 256, 6, 4, 2, 64, 768, 3e-3),
-    "draft": Recipe("demo-draft", 96, 3, 3, 1, 32, 288, 5e-3),
+    "draft": Recipe("demo-draft", 96, 3, 3, 1, 32, 288, 5e-3, batch=8),
 }
 
 
@@ -144,7 +143,7 @@ def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opti
     ]
 
 
-def loss_of(model: Callable[..., Any], teacher: LlamaForCausalLM | None, rows: torch.Tensor) -> torch.Tensor:
+def loss_of(model: LlamaForCausalLM, teacher: LlamaForCausalLM | None, rows: torch.Tensor) -> torch.Tensor:
     """Cross-entropy; with a teacher, a fifth of it plus four fifths of the KL to the teacher's distribution."""
     inputs, labels = rows[:, :-1], rows[:, 1:].reshape(-1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -210,12 +209,12 @@ def train(role: str, steps: int, save_every: int, compiled: bool) -> None:
     teacher = None
     if role == "draft":
         teacher = LlamaForCausalLM.from_pretrained(MODELS / RECIPES["target"].name, dtype=torch.float32).eval()
-    forward = torch.compile(run.model, dynamic=False) if compiled else run.model
+    measure = torch.compile(loss_of, dynamic=False) if compiled else loss_of
     source = batches(run.recipe, run.step, steps, np.load(WORK / "train.npy", mmap_mode="r"))
     mean = 0.0
     while run.step < steps:
         began = time.perf_counter()
-        loss = take_step(run, forward, teacher, next(source), rate(run.step, steps))
+        loss = take_step(run, measure, teacher, next(source), rate(run.step, steps))
         run.step, run.seconds = run.step + 1, run.seconds + time.perf_counter() - began
         mean = loss if mean == 0.0 else 0.95 * mean + 0.05 * loss
         if run.step % 20 == 0:
@@ -226,7 +225,11 @@ def train(role: str, steps: int, save_every: int, compiled: bool) -> None:
 
 
 def take_step(
-    run: Run, forward: Callable[..., Any], teacher: LlamaForCausalLM | None, rows: torch.Tensor, factor: float
+    run: Run,
+    measure: Callable[..., torch.Tensor],
+    teacher: LlamaForCausalLM | None,
+    rows: torch.Tensor,
+    factor: float,
 ) -> float:
     """One optimizer step over a batch, in two halves; its loss."""
     for optim in run.optims:
@@ -235,7 +238,7 @@ def take_step(
     total = 0.0
     halves = rows.chunk(2)
     for half in halves:
-        loss = loss_of(forward, teacher, half) / len(halves)
+        loss = measure(run.model, teacher, half) / len(halves)
         loss.backward()
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
