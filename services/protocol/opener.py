@@ -96,13 +96,14 @@ class Opener(Appender):
 
 
 def asks_the_same(one: Opened, other: Opened) -> bool:
-    """Whether two questions differ at most in when they were asked: a client that repeats its call asks later."""
-    return _timeless(one) == _timeless(other)
+    """Whether two questions differ at most in what a router adds: a client that repeats its call asks later."""
+    return _question(one) == _question(other)
 
 
-def _timeless(opened: Opened) -> Opened:
+def _question(opened: Opened) -> Opened:
     copy = Opened()
     copy.CopyFrom(opened)
     copy.ClearField("opened_unix_ms")
     copy.ClearField("deadline_unix_ms")
+    copy.ClearField("salt_key")
     return copy
