@@ -17,6 +17,7 @@ from countersign.services.protocol.events import (
     ReadTail,
     Settled,
 )
+from countersign.services.protocol.subjects import commit_subject
 
 Final = Settled | Fenced | ClosedAlready | CancelledByClient | AssignedTo
 
@@ -33,11 +34,6 @@ class LogStore(Protocol):
         ...
 
 
-def subject_of(request_id: str) -> str:
-    """Where a request's log is kept."""
-    return f"cs.v1.commit.{request_id}"
-
-
 async def settle(machine: Appender, effect: Effect | None, store: LogStore) -> Final:
     """Do what ``machine`` asks until nothing is in flight; what it came to. ``None`` is nothing to do.
 
@@ -47,7 +43,7 @@ async def settle(machine: Appender, effect: Effect | None, store: LogStore) -> F
     Raises:
         LogError: the log is not as the protocol says.
     """
-    subject = subject_of(machine.log.request_id)
+    subject = commit_subject(machine.log.request_id)
     while True:
         match effect:
             case None:

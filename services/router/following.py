@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from countersign.services.protocol.commit import LogState
-from countersign.services.protocol.driver import subject_of
 from countersign.services.protocol.errors import LogError
 from countersign.services.protocol.events import Committed, Ended
 from countersign.services.protocol.reader import Reader
+from countersign.services.protocol.subjects import commit_subject
 from countersign.services.router.answer import Answer
 from countersign.services.router.receipts import Receipts
 from countersign.services.runtime.bus import Bus
@@ -68,7 +68,7 @@ class Follower:
 
     async def _entries(self, request_id: str, reader: Reader) -> AsyncIterator[Entry]:
         """The log's records as they come; between them, whether anyone is still working on it."""
-        tail = self.journal.tail(subject_of(request_id))
+        tail = self.journal.tail(commit_subject(request_id))
         pending: asyncio.Task[Entry] | None = None
         try:
             while True:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from countersign.services.protocol.commit import LogState
+from countersign.services.protocol.subjects import receipt_subject
 from countersign.services.runtime.errors import DataLoss
 from countersign.services.runtime.journal import Journal
 from countersign.verify.errors import VerificationError
-from countersign.verify.receipt import Openings, attach, receipt_digest
-
-SUBJECT = "cs.v1.receipt."
+from countersign.verify.logged import openings_of
+from countersign.verify.receipt import attach, receipt_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Receipts:
 
     async def stored(self, request_id: str) -> bytes | None:
         """The receipt as it is kept, None when there is none."""
-        entry = await self.journal.last(SUBJECT + request_id)
+        entry = await self.journal.last(receipt_subject(request_id))
         return None if entry is None else entry.data
 
     async def of(self, log: LogState) -> bytes:
@@ -29,16 +29,10 @@ class Receipts:
         data = await self.stored(log.request_id)
         digest = log.closed.receipt_sha256 if log.closed is not None else b""
         try:
-            if data is None or receipt_digest(data) != digest or log.opened is None:
+            if data is None or receipt_digest(data) != digest:
                 raise DataLoss(
                     f"the receipt that closed request {log.request_id} is not in the store", reason="RECEIPT_LOST"
                 )
-            openings = Openings(
-                log.opened.salt_key,
-                tuple(log.opened.prompt_token_ids),
-                log.token_ids,
-                tuple(log.opened.sampling.stop),
-            )
-            return attach(data, openings)
+            return attach(data, openings_of(log))
         except VerificationError as error:
             raise DataLoss(f"the stored receipt of request {log.request_id} is damaged: {error}") from error

@@ -12,10 +12,11 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from countersign import __version__
 from countersign.services.protocol.commit import LogState, replay
-from countersign.services.protocol.driver import settle, subject_of
+from countersign.services.protocol.driver import settle
 from countersign.services.protocol.errors import LogError, RequestIdTaken
 from countersign.services.protocol.events import ClosedAlready, Settled
 from countersign.services.protocol.opener import Opener
+from countersign.services.protocol.subjects import commit_subject
 from countersign.services.router import admission
 from countersign.services.router.following import Follower
 from countersign.services.router.placement import candidates
@@ -127,7 +128,7 @@ class RouterService:
     async def GetReceipt(self, request: GetReceiptRequest, call: Call) -> GetReceiptResponse:
         """Raises NotFound(UNKNOWN_REQUEST), FailedPrecondition(NOT_ENDED or NO_RECEIPT)."""
         admission.check_request_id(request.request_id)
-        entries = await self._journal.read(subject_of(request.request_id))
+        entries = await self._journal.read(commit_subject(request.request_id))
         if not entries:
             kept = await self._receipts.stored(request.request_id)
             if kept is None:
@@ -158,6 +159,8 @@ class RouterService:
         admission.check_length(prompt, request.sampling, model)
         now = _wall_ms()
         timeout_ms = min(request.timeout_ms or self._config.default_timeout_ms, self._config.max_timeout_ms)
+        if not request.sampling.HasField("top_p"):
+            request.sampling.top_p = 1.0  # the log holds what was asked, defaults included
         opener = Opener(LogState(request_id))
         effect = opener.open(
             Opened(
@@ -235,7 +238,7 @@ class RouterService:
         raise DataLoss(f"the log of request {request_id} ends without Closed")
 
     async def _log_of(self, request_id: str) -> LogState:
-        entries = await self._journal.read(subject_of(request_id))
+        entries = await self._journal.read(commit_subject(request_id))
         if not entries:
             raise _unknown(request_id)
         return _replayed(request_id, entries)

@@ -11,6 +11,7 @@ from countersign.services.protocol.commit import LogState
 from countersign.services.protocol.driver import Final, settle
 from countersign.services.protocol.errors import ProtocolError
 from countersign.services.protocol.events import Append, CancelledByClient, ReadTail, Settled
+from countersign.services.protocol.subjects import receipt_subject
 from countersign.services.runtime.errors import CountersignError, DeadlineExceeded, Unavailable
 from countersign.services.runtime.journal import Journal, WrongSequence
 from countersign.services.target.receipts import ReceiptMaker
@@ -24,11 +25,6 @@ T = TypeVar("T")
 RETRY_S = 0.2
 GIVE_UP_S = 60.0
 PUBLISH_TIMEOUT_S = 5.0
-
-
-def receipt_subject(request_id: str) -> str:
-    """Where a request's receipt is kept."""
-    return f"cs.v1.receipt.{request_id}"
 
 
 class Committer:

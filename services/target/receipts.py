@@ -8,9 +8,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from countersign.services.protocol.commit import LogState
 from countersign.services.runtime.errors import Internal
+from countersign.v1.commit_pb2 import Opened
 from countersign.v1.router_pb2 import ModelInfo
 from countersign.v1.sampling_pb2 import Drafting, FinishReason
 from countersign.verify import receipt as receipts
+from countersign.verify.logged import openings_of
 from countersign.verify.payload import FinishReason as SignedReason
 
 
@@ -42,15 +44,14 @@ class ReceiptMaker:
             VerificationError: the log does not add up to a receipt that a verifier would take; none is signed then.
             Internal: the log has no Opened record.
         """
-        opened = log.opened
-        if opened is None:
-            raise Internal(f"request {log.request_id} has no Opened record, so there is nothing to sign")
-        salt, stop = opened.salt_key, tuple(opened.sampling.stop)
+        opened = _opened(log)
         receipt = receipts.Receipt(
             request_id=log.request_id,
             model=self._model,
-            request=_request(log),
-            output=receipts.build_output(log.request_id, log.token_ids, salt, finish_reason=finish_name(reason)),
+            request=_request(opened),
+            output=receipts.build_output(
+                log.request_id, log.token_ids, opened.salt_key, finish_reason=finish_name(reason)
+            ),
             evidence=receipts.Evidence(
                 commit=log.digest,
                 records=log.records,
@@ -63,15 +64,17 @@ class ReceiptMaker:
             ),
             usage=receipts.Usage(started_unix_ms, max(started_unix_ms, finished_unix_ms), joules="unavailable"),
         )
-        openings = receipts.Openings(salt, tuple(opened.prompt_token_ids), log.token_ids, stop)
         # Signed with its openings so that it is checked against them, stored without: the log has them.
-        return receipts.strip(receipts.sign(receipt, openings, self._key))
+        return receipts.strip(receipts.sign(receipt, openings_of(log), self._key))
 
 
-def _request(log: LogState) -> receipts.Request:
-    opened = log.opened
-    if opened is None:
+def _opened(log: LogState) -> Opened:
+    if log.opened is None:
         raise Internal(f"request {log.request_id} has no Opened record, so there is nothing to sign")
+    return log.opened
+
+
+def _request(opened: Opened) -> receipts.Request:
     params = opened.sampling
     seeded = params.HasField("seed")
     return receipts.Request(
@@ -79,7 +82,7 @@ def _request(log: LogState) -> receipts.Request:
         prompt_tokens=len(opened.prompt_token_ids),
         temperature=params.temperature,
         top_k=params.top_k,
-        top_p=params.top_p if params.HasField("top_p") else 1.0,
+        top_p=params.top_p,
         seed=params.seed if seeded else None,
         seed_source="client" if seeded else "none",
         max_tokens=params.max_tokens,

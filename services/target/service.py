@@ -14,9 +14,9 @@ from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import Tokenizer
 from countersign.services.protocol.commit import replay
-from countersign.services.protocol.driver import subject_of
 from countersign.services.protocol.errors import LogError, NotOwner
 from countersign.services.protocol.events import CancelledByClient
+from countersign.services.protocol.subjects import commit_subject
 from countersign.services.protocol.writer import Writer
 from countersign.services.runtime.errors import DataLoss, FailedPrecondition, ResourceExhausted
 from countersign.services.runtime.journal import Journal
@@ -105,7 +105,7 @@ class TargetService:
         return StartResponse(sequence=writer.log.sequence)
 
     async def _take_over(self, request: StartRequest) -> Writer:
-        entries = await self._journal.read(subject_of(request.request_id))
+        entries = await self._journal.read(commit_subject(request.request_id))
         try:
             log = replay(request.request_id, entries)
             return Writer(log, epoch=request.epoch, instance=self._instance)
@@ -138,7 +138,7 @@ class TargetService:
             sampling=Sampling(
                 temperature=params.temperature,
                 top_k=params.top_k,
-                top_p=params.top_p if params.HasField("top_p") else 1.0,
+                top_p=params.top_p,
                 seed=params.seed,
             ),
             stopper=stopper,

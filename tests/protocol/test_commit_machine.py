@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from countersign.services.protocol.appender import Appender
-from countersign.services.protocol.commit import LogState, decode, replay
+from countersign.services.protocol.commit import LogState, Payload, decode, replay
 from countersign.services.protocol.errors import BrokenChain
 from countersign.services.protocol.events import Append, CancelledByClient, Committed, Effect, Ended, ReadTail
 from countersign.services.protocol.opener import Opener
@@ -67,6 +67,8 @@ def hold(name: str, condition: bool) -> None:
 class Stored:
     sequence: int
     data: bytes
+    payload: Payload
+    digest: bytes
 
 
 @dataclass(slots=True)
@@ -76,12 +78,14 @@ class Subject:
     compare_and_set: bool = True
     entries: list[Stored] = field(default_factory=list)
 
-    def publish(self, append: Append, jump: int) -> int | None:
+    def publish(self, append: Append) -> int | None:
         last = self.entries[-1].sequence if self.entries else 0
         if self.compare_and_set and append.expected != last:
             return None
-        self.entries.append(Stored(last + jump, append.data))
-        return last + jump
+        _, payload = decode(append.data)
+        sequence = last + 1 + len(self.entries) % 3
+        self.entries.append(Stored(sequence, append.data, payload, sha256(append.data).digest()))
+        return sequence
 
     def after(self, sequence: int) -> list[Stored]:
         return [entry for entry in self.entries if entry.sequence > sequence]
@@ -146,8 +150,8 @@ class CommitMachine(RuleBasedStateMachine):
             actor.waiting = None
             self.saw(f"{type(actor.machine).__name__}: {type(effect).__name__}")
 
-    def arrive(self, actor: Actor, append: Append, jump: int) -> None:
-        sequence = self.subject.publish(append, jump)
+    def arrive(self, actor: Actor, append: Append) -> None:
+        sequence = self.subject.publish(append)
         if sequence is None:
             self.saw("an append is refused")
         # Only the answer to the first sending that is still waited for is heard.
@@ -173,11 +177,11 @@ class CommitMachine(RuleBasedStateMachine):
         self.saw("an ack is lost" if actor.answered else "an append is lost or late")
         self.perform(actor, actor.machine.ack_lost())
 
-    def step(self, actor: Actor, jump: int) -> None:
+    def step(self, actor: Actor) -> None:
         """The next thing that ``actor`` waits for happens, and happens well."""
         if actor.waiting is not None:
             if not actor.answered:
-                self.arrive(actor, actor.waiting, jump)
+                self.arrive(actor, actor.waiting)
             self.hear(actor, 0)
         elif actor.reading:
             self.read(actor, 0)
@@ -188,7 +192,7 @@ class CommitMachine(RuleBasedStateMachine):
         if actor.waiting is None or actor.waiting is not effect:
             return
         if fate in {"well", "ack lost"}:
-            self.arrive(actor, actor.waiting, 1)
+            self.arrive(actor, actor.waiting)
         if fate == "well":
             self.hear(actor, 0)
         elif fate in {"ack lost", "lost"}:
@@ -216,7 +220,7 @@ class CommitMachine(RuleBasedStateMachine):
 
     def publish(self, opener: Opener, append: Effect) -> None:
         assert isinstance(append, Append)
-        opener.acked(self.subject.publish(append, 1) or 0)
+        opener.acked(self.subject.publish(append) or 0)
 
     @rule(who=st.integers(0, 2), ask=st.sampled_from(["assign", "assign", "assign", "cancel", "open"]), fate=fates)
     def route(self, who: int, ask: str, fate: str) -> None:
@@ -224,7 +228,7 @@ class CommitMachine(RuleBasedStateMachine):
         opener = router.machine
         assert isinstance(opener, Opener)
         if not router.idle:
-            self.step(router, 1)
+            self.step(router)
         elif opener.log.opened is None or ask == "open":
             self.send(router, opener.open(OPENED), fate)
         elif ask == "assign":
@@ -246,7 +250,7 @@ class CommitMachine(RuleBasedStateMachine):
     @property
     def unstarted(self) -> list[tuple[int, int]]:
         """Epochs whose target has yet to begin, and where each is assigned."""
-        payloads = [decode(entry.data)[1] for entry in self.subject.entries]
+        payloads = [entry.payload for entry in self.subject.entries]
         assigned = [(payload.epoch, index) for index, payload in enumerate(payloads) if isinstance(payload, Assigned)]
         return [(epoch, index) for epoch, index in assigned if epoch not in self.started]
 
@@ -290,18 +294,18 @@ class CommitMachine(RuleBasedStateMachine):
         return writer.close(reason, receipt_sha256=receipt)
 
     @precondition(lambda self: self.busy)
-    @rule(who=st.integers(0, 5), steps=st.integers(1, 4), jump=st.integers(1, 3))
-    def exchange(self, who: int, steps: int, jump: int) -> None:
+    @rule(who=st.integers(0, 5), steps=st.integers(1, 4))
+    def exchange(self, who: int, steps: int) -> None:
         """The good case: it arrives, the answer is heard, and so on."""
         actor = self.busy[who % len(self.busy)]
         for _ in range(steps):
-            self.step(actor, jump)
+            self.step(actor)
 
     @precondition(lambda self: self.network)
-    @rule(which=st.integers(0, 15), jump=st.integers(1, 3))
-    def deliver(self, which: int, jump: int) -> None:
+    @rule(which=st.integers(0, 15))
+    def deliver(self, which: int) -> None:
         """Any message ever sent arrives, late or once more."""
-        self.arrive(*self.network[-1 - which % len(self.network)], jump)
+        self.arrive(*self.network[-1 - which % len(self.network)])
 
     @precondition(lambda self: self.busy)
     @rule(who=st.integers(0, 5), lag=st.integers(0, 2), lost=st.booleans())
@@ -345,7 +349,7 @@ class CommitMachine(RuleBasedStateMachine):
         ended: list[str] = []
         digest = b""
         for entry in self.subject.entries:
-            _, payload = decode(entry.data)
+            payload = entry.payload
             if "ClosedIsFinal" in self.properties:
                 hold("ClosedIsFinal", not ended or (ended == ["Cancelled"] and isinstance(payload, Closed)))
             match payload:
@@ -363,7 +367,7 @@ class CommitMachine(RuleBasedStateMachine):
                 case Closed():
                     ended.append("Closed")
                     self.check_closed(payload, usage, tuple(tokens), digest)
-            digest = sha256(entry.data).digest()
+            digest = entry.digest
         if "Agreement" in self.properties:
             self.check_agreement(tokens)
 
@@ -409,7 +413,7 @@ class CommitMachine(RuleBasedStateMachine):
 
     def settle(self, actor: Actor) -> None:
         for _ in range(40):
-            self.step(actor, 1)
+            self.step(actor)
             if actor.idle:
                 assert actor.machine.in_flight is None
                 return

@@ -10,9 +10,10 @@ from typing import Literal
 import pytest
 
 from countersign.services.protocol.commit import LogState, replay
-from countersign.services.protocol.driver import settle, subject_of
+from countersign.services.protocol.driver import settle
 from countersign.services.protocol.events import CancelledByClient, Fenced, ReadTail, Settled
 from countersign.services.protocol.opener import Opener
+from countersign.services.protocol.subjects import commit_subject
 from countersign.services.protocol.writer import Writer
 from countersign.v1.commit_pb2 import Opened
 from countersign.v1.sampling_pb2 import SamplingParams
@@ -41,7 +42,7 @@ class Store:
     appends: int = 0
 
     async def try_append(self, subject: str, data: bytes, *, expected: int) -> int | Literal["refused", "lost"]:
-        assert subject == subject_of(REQUEST)
+        assert subject == commit_subject(REQUEST)
         self.appends += 1
         last = self.records[-1].sequence if self.records else 0
         if expected != last:

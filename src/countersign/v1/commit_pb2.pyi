@@ -114,7 +114,7 @@ class Opened(_message.Message):
 
     @_builtins.property
     def sampling(self) -> _sampling_pb2.SamplingParams:
-        """What the output is a function of."""
+        """What the output is a function of; top_p is always set."""
 
     def __init__(
         self,

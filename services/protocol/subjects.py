@@ -1,0 +1,13 @@
+"""Where a request's records are kept on the bus."""
+
+from __future__ import annotations
+
+
+def commit_subject(request_id: str) -> str:
+    """Its token log."""
+    return f"cs.v1.commit.{request_id}"
+
+
+def receipt_subject(request_id: str) -> str:
+    """Its receipt, without openings."""
+    return f"cs.v1.receipt.{request_id}"
