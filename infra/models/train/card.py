@@ -130,7 +130,7 @@ def _card(role: str, losses: dict[str, float], bytes_per_token: float, runs: dic
         figures="\n".join(f"| {name} | {value} |" for name, value in figures.items()),
         prompts=PROMPTS,
         tokens=TOKENS,
-        sources=", ".join(sources),
+        sources=", ".join(source.removesuffix(": 0.0 MB") for source in sources),
     )
 
 
