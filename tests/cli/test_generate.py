@@ -348,9 +348,14 @@ async def test_each_command_explains_its_own_options(command: Command, name: str
     result = await command(name, "--help")
     assert result.code == 0
     assert f"countersign {name}" in result.out
-    assert {"generate": "--receipt", "audit": "--model", "receipt": "show", "up": "--set", "demo": "--json"}[
-        name
-    ] in result.out
+    assert {
+        "generate": "--receipt",
+        "audit": "--model",
+        "receipt": "show",
+        "up": "--set",
+        "demo": "--json",
+        "bench": "--quick",
+    }[name] in result.out
 
 
 async def test_a_mistyped_command_is_answered_with_the_right_one(command: Command) -> None:
