@@ -113,7 +113,7 @@ class TargetConfig:
     listen: Listen = _LOCAL
     model: Folder = _DEMO_TARGET
     dtype: Dtype = "fp32"
-    threads: Count = 2
+    threads: Count = 1  # more pay only where no other process wants the cores: each operation waits for all of them
     cache_tokens: Count = 65_536
     max_sequences: Count = 64
     prefill_chunk: Count = 256  # prompt tokens a forward pass

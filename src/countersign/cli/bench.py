@@ -54,8 +54,7 @@ def bench(
 ) -> None:
     """Run one benchmark of this checkout."""
     rows = asyncio.run(load(name)(quick))
-    stamped = [{**_plain(row), **_stamp()} for row in rows]
-    lines = "".join(json.dumps(row) + "\n" for row in stamped)
+    lines = "".join(json.dumps(stamped(row)) + "\n" for row in rows)
     if not quick:
         results = CHECKOUT / "benchmarks" / "results"
         results.mkdir(exist_ok=True)
@@ -78,19 +77,19 @@ def load(name: str) -> Run:
     if spec is None or spec.loader is None:
         raise NotFound(f"{file} cannot be loaded", reason="UNKNOWN_BENCHMARK")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return cast("Run", module.run)
 
 
-def _plain(row: Row) -> dict[str, object]:
-    return {key: value for key, value in dataclasses.asdict(row).items() if value is not None}
-
-
-def _stamp() -> dict[str, str]:
+def stamped(row: Row) -> dict[str, object]:
+    """The row as it is kept: what it has, and where and when it was measured."""
+    given = {key: value for key, value in dataclasses.asdict(row).items() if value is not None}
     asked = ["git", "-C", str(CHECKOUT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    return {"commit": commit or "unknown", "machine": machine, "when": datetime.now(UTC).isoformat(timespec="seconds")}
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**given, "commit": commit or "unknown", "machine": machine, "when": when}
 
 
 def _table(rows: list[Row]) -> Table:
