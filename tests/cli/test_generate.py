@@ -273,7 +273,7 @@ async def test_a_refusal_is_one_line_with_what_to_do(command: Command, router: S
     router.events = [InvalidArgument("the prompt is empty", reason="EMPTY_PROMPT", help="send some text to continue")]
     result = await command("generate", "")
     assert (result.code, result.out) == (1, "")
-    assert result.err == "countersign: the prompt is empty. send some text to continue.\n"
+    assert result.err == "countersign: the prompt is empty. Send some text to continue.\n"
 
 
 async def test_a_failure_in_the_middle_keeps_the_text_and_starts_a_line_of_its_own(

@@ -69,9 +69,9 @@ def generate(
         "request_id": request_id,
     }
     printer = None if json_ else _printer()
-    answer = Answering(receipt, printer)
+    answer = Answering(text, receipt, printer)
     try:
-        asyncio.run(_ask(router or router_address(data_dir), text, options, answer))
+        asyncio.run(_ask(router or router_address(data_dir), options, answer))
     finally:
         if printer is not None:
             printer.end()
@@ -82,6 +82,7 @@ def generate(
 class Answering:
     """Takes the events of one answer: prints them, or keeps them for the JSON object; writes the receipt."""
 
+    prompt: str
     receipt: Path | None
     printer: AnswerPrinter | None
     request_id: str = ""
@@ -97,6 +98,8 @@ class Answering:
         match event:
             case Accepted():
                 self.request_id, self.seed = event.request_id, event.seed
+                if self.printer is not None:  # not before: a refused prompt need not be read again
+                    self.printer.prompt(self.prompt)
             case Tokens():
                 self.tokens += event.tokens
                 if self.printer is not None:
@@ -143,13 +146,11 @@ class Answering:
         }
 
 
-async def _ask(address: str, text: str, options: GenerateOptions, answer: Answering) -> None:
+async def _ask(address: str, options: GenerateOptions, answer: Answering) -> None:
     from countersign.client import Client
 
     async with Client(address) as client:
-        events = client.generate(text, **options)
-        if answer.printer is not None:
-            answer.printer.prompt(text)
+        events = client.generate(answer.prompt, **options)
         try:
             async with aclosing(events):
                 async for event in events:

@@ -94,7 +94,10 @@ def _nothing() -> None:
 def explain(error: CountersignError) -> str:
     """One line for people: what happened, then what to do."""
     message = error.message.rstrip(".")
-    return f"{message}. {error.help.rstrip('.')}." if error.help else f"{message}."
+    if not error.help:
+        return f"{message}."
+    advice = error.help.rstrip(".")
+    return f"{message}. {advice[0].upper()}{advice[1:]}."
 
 
 def main() -> None:
