@@ -28,7 +28,7 @@ def root() -> Path:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if os.environ.get("COUNTERSIGN_CI") and report.skipped and "gpu" not in item.keywords:
+    if os.environ.get("LEAVE_NOTHING_OUT") and report.skipped and "gpu" not in item.keywords:
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was left out in CI: {report.longrepr}"
     return report

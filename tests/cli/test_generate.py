@@ -119,7 +119,7 @@ def command(router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch, capfd: pyte
         captured = capfd.readouterr()
         return Result(code, captured.out, captured.err)
 
-    monkeypatch.setenv("COUNTERSIGN_ROUTER", router.address)
+    monkeypatch.setenv("CS_ROUTER", router.address)
     return run
 
 

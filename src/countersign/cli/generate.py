@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from countersign.cli.render import AnswerPrinter
     from countersign.client import Event, Finished, GenerateOptions, Token
 
-ROUTER_VARIABLE = "COUNTERSIGN_ROUTER"
+ROUTER_VARIABLE = "CS_ROUTER"
 DEFAULT_DATA_DIR = Path(".countersign")
 
 
