@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 
+LEFT_OUT = pytest.StashKey[list[str]]()
+
 # Timings on shared machines are noisy: no example fails for being slow.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
@@ -32,6 +34,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was left out in CI: {report.longrepr}"
     return report
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items:
+        items[0].config.stash.setdefault(LEFT_OUT, []).extend(item.nodeid for item in items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what was left to another run, so that nothing is left out unseen."""
+    names: list[str] = terminalreporter.config.stash.get(LEFT_OUT, list[str]())
+    for name in sorted(names):
+        terminalreporter.write_line(f"left to `make test-long`: {name}")
 
 
 @pytest.fixture(scope="session")
