@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from countersign.services.engine.errors import EngineError
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
 from countersign.services.target.batch import plan
 from countersign.services.target.committer import Committer
@@ -94,7 +95,7 @@ class TargetLoop:
             self._wake.clear()
             self._expire()
             await self._reap()
-            await self._admit(committer)
+            self._admit(committer)
             if not await self._step():
                 await self._sleep()
 
@@ -143,7 +144,7 @@ class TargetLoop:
                 if session.request_id in self._running:
                     self._running[session.request_id].changed.set()
 
-    async def _admit(self, committer: Committer) -> None:
+    def _admit(self, committer: Committer) -> None:
         """Let waiting sessions in, first come first served, while their KV is sure to fit."""
         while self._waiting and len(self._running) < self._max_sequences:
             session = self._waiting[0]
@@ -151,19 +152,26 @@ class TargetLoop:
             if self._running and reserved + _rounded(session) > self._capacity:
                 return
             self._waiting.popleft()
-            await self._load_prefix(session)
+            if self._prefixes is not None and session.finish is None:
+                session.loading = True
+                self._spawn(self._load_prefix(self._prefixes, session))
             running = self._running[session.request_id] = Running(session)
             running.task = asyncio.create_task(committer.run(session, running.changed))
 
-    async def _load_prefix(self, session: Session) -> None:
-        """Import the stored KV of the prompt's full blocks; at least one token is left to feed."""
-        if self._prefixes is None or session.finish is not None:
-            return
-        keys = self._prefixes.keys(session.opened.tenant, session.tokens[:-1])
-        blocks = await self._prefixes.fetch(session.request_id, keys)
-        await self._in_thread(self._import, session, blocks)
-        session.cached_tokens = min(session.sequence.length, session.prompt_tokens)
-        session.stored_blocks = len(blocks)
+    async def _load_prefix(self, prefixes: Prefixes, session: Session) -> None:
+        """Import the stored KV of the full blocks; at least one token is left to feed. Others go on meanwhile."""
+        try:
+            keys = prefixes.keys(session.opened.tenant, session.tokens[:-1])
+            blocks = await prefixes.fetch(session.request_id, keys)
+            await self._in_thread(self._import, session, blocks)
+            session.cached_tokens = min(session.sequence.length, session.prompt_tokens)
+            session.stored_blocks = len(blocks)
+        except EngineError as error:
+            # What was imported before stays right; the rest is computed.
+            self._log.warning("stored prefix does not fit request=%s error=%s", session.request_id, error)
+        finally:
+            session.loading = False
+            self._wake.set()
 
     def _import(self, session: Session, blocks: list[bytes]) -> None:
         for block in blocks:
@@ -171,12 +179,13 @@ class TargetLoop:
 
     async def _reap(self) -> None:
         """Forget what is done: its blocks go to the store, its pages back, its end to the draft."""
-        for request_id in [name for name, running in self._running.items() if running.session.done]:
-            session = self._running.pop(request_id).session
+        over = [r.session for r in self._running.values() if r.session.done and not r.session.loading]
+        for session in over:
+            del self._running[session.request_id]
             await self._store_blocks(session)
-            session.sequence.close()
+            await self._in_thread(session.sequence.close)
             if session.drafts:
-                self._spawn(self._drafts.forget(request_id))
+                self._spawn(self._drafts.forget(session.request_id))
 
     async def _store_blocks(self, session: Session) -> None:
         """Offer the full blocks of committed tokens that did not come from the store."""

@@ -34,7 +34,8 @@ class Session:
     """Tokens sampled so far, the KV of all but the last, and the passes that wait for the log.
 
     ``tokens`` is prompt and output. ``finish`` is set once the answer's last token is sampled, or when it ends
-    otherwise; the committer then closes the log. ``done`` means that nothing more happens here.
+    otherwise; the committer then closes the log. ``loading`` while its prefix comes from the store; ``done`` once the
+    log is closed or another's.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class Session:
     sampling: Sampling
     stopper: Stopper
     tokens: list[int]
+    loading: bool = False
     cached_tokens: int = 0
     started_unix_ms: int = 0
     uncommitted: deque[Pass] = field(default_factory=deque)
@@ -73,7 +75,8 @@ class Session:
     @property
     def runnable(self) -> bool:
         """The next pass may include it."""
-        return self.finish is None and not self.done and len(self.uncommitted) < MAX_UNCOMMITTED
+        waits = self.loading or len(self.uncommitted) >= MAX_UNCOMMITTED
+        return self.finish is None and not self.done and not waits
 
     @property
     def drafts(self) -> bool:
