@@ -44,6 +44,8 @@ _RECONNECT_WAIT_S = 0.25
 _PING_INTERVAL_S = 5
 _FLUSH_S = 1.0
 _CLOSE_S = 1.0
+# CPython 3.13.0 raises TypeError where a transport that lost its connection is written to.
+_CLOSING_ERRORS = (TimeoutError, NatsError, OSError, TypeError)
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -120,13 +122,13 @@ class Bus:
                 await self.flush()
             async with asyncio.timeout(_CLOSE_S):
                 await self._client.close()
-        except (CountersignError, TimeoutError, NatsError, OSError) as error:
+        except (CountersignError, *_CLOSING_ERRORS) as error:
             _log.warning("the bus closes with messages unsent", extra={"error": repr(error)})
             await self._abandon()
         await self._on_close()  # nats-py leaves it out when the last bytes meet a broken connection
 
     async def _abandon(self) -> None:
-        with suppress(TimeoutError, NatsError, OSError):
+        with suppress(*_CLOSING_ERRORS):
             async with asyncio.timeout(_CLOSE_S):
                 await self._client.close()
 
