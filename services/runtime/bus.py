@@ -131,6 +131,11 @@ class Bus:
         with suppress(*_CLOSING_ERRORS):
             async with asyncio.timeout(_CLOSE_S):
                 await self._client.close()
+        # nats-py is closed by then and has left its socket open if its last bytes could not be written.
+        transport = self._client._transport  # noqa: SLF001  there is no public way to it
+        if transport is not None:
+            transport.close()  # type: ignore[no-untyped-call]  # nats-py leaves its annotation out
+            await asyncio.sleep(0)  # the socket closes in the loop's next turn
 
     async def wait_closed(self) -> None:
         """Return when the connection is closed for good: by `close`, or by a server that refuses it."""
