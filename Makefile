@@ -37,5 +37,8 @@ types: $(STAMP)
 protos: $(STAMP) ## regenerate src/countersign/v1 from protos/
 	@$(BIN)/python protos/generate.py
 
+bench: $(STAMP) ## NAME=house: run one benchmark and keep its rows
+	@$(BIN)/countersign bench $(NAME)
+
 clean: ## remove what was built, keep the models
 	rm -rf .venv build dist *.egg-info .countersign

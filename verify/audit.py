@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from countersign.verify.errors import NotCheckable, VerificationError
+from countersign.verify.errors import NotCheckable, Untrusted, VerificationError
 from countersign.verify.receipt import Openings, ReceiptVerifier, SignedReceipt, parse
 
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ def _outcome_of(level: Level, auditor: _Audit) -> LevelReport:
         return run()
     except NotCheckable as error:
         return LevelReport(level, "inconclusive", str(error), help=error.help)
+    except Untrusted as error:
+        advice = (
+            "if it comes from another deployment, name its public key (--key FILE) or data folder (--data-dir FOLDER)"
+        )
+        return LevelReport(level, "fail", str(error), help=advice)
     except VerificationError as error:
         return LevelReport(level, "fail", str(error))
 

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from google.protobuf.descriptor import ServiceDescriptor
 
 from countersign.services.draft.proposer import Ask, Proposer
+from countersign.services.engine.errors import CheckpointError
 from countersign.services.engine.sampling import Sampling
-from countersign.services.runtime.errors import InvalidArgument
+from countersign.services.runtime.errors import InvalidArgument, refused
 from countersign.services.runtime.service import Call, Context
 from countersign.v1 import draft_pb2
 from countersign.v1.draft_pb2 import (
@@ -83,7 +84,7 @@ class DraftService:
 
 
 async def create(context: Context) -> DraftService:
-    """Load the draft model of ``draft.model`` (raises CheckpointError when the folder is not understood)."""
+    """Load the model of ``draft.model``; raises FailedPrecondition(BAD_CHECKPOINT) when it is not understood."""
     import torch
 
     from countersign.services.engine.kv import PagedCache
@@ -91,6 +92,7 @@ async def create(context: Context) -> DraftService:
 
     config = context.config.draft
     torch.set_num_threads(config.threads)
-    model = load_model(config.model, dtype=config.dtype)
+    with refused(CheckpointError, reason="BAD_CHECKPOINT", help="set draft.model to a Hugging Face folder"):
+        model = load_model(config.model, dtype=config.dtype)
     cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
     return DraftService(Proposer(model, cache), model.config.vocabulary_size)

@@ -2,7 +2,7 @@
 
 1. the request id, if given, is 1 to 64 of A-Z a-z 0-9 _ -
 2. the model, if named, is served
-3. there is a prompt, and it is not empty
+3. there is a prompt, it is not empty, and its text has at most 768 KiB
 4. temperature is finite and not negative; top_p is in (0, 1]; a seed is given when temperature > 0
 5. max_tokens is at least 1
 6. stop strings are 1 to 16, none empty, none over 256 bytes; stop token ids are at most 64 and in the vocabulary
@@ -22,6 +22,8 @@ from countersign.v1.sampling_pb2 import SamplingParams
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 TENANT = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MAX_STOPS = 16
+# The tokenizer is asked over the bus, whose messages hold 1 MiB.
+MAX_TEXT_BYTES = 768 * 1024
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
 
@@ -67,6 +69,13 @@ def check(request: GenerateRequest, model: ModelInfo) -> None:
         )
     if not request.text and not request.token_ids.ids:
         raise InvalidArgument("the prompt is empty", reason="EMPTY_PROMPT", help="send some text to continue")
+    size = len(request.text.encode())
+    if size > MAX_TEXT_BYTES:
+        raise InvalidArgument(
+            f"the prompt has {size} bytes, one text may have {MAX_TEXT_BYTES}",
+            reason="PROMPT_TOO_LONG",
+            help=f"the context of {model.name} holds {model.context_length} tokens",
+        )
     _check_sampling(request.sampling)
     _check_stops(request.sampling, model)
 

@@ -13,24 +13,22 @@ from countersign.services.protocol.reader import Reader
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.router.answer import Answer
 from countersign.services.router.receipts import Receipts
-from countersign.services.runtime.bus import Bus
+from countersign.services.router.text import Text
 from countersign.services.runtime.errors import DataLoss, DeadlineExceeded, NotFound, Unavailable
 from countersign.services.runtime.journal import Entry, Journal
 from countersign.services.runtime.registry import Registry
 from countersign.v1.router_pb2 import Accepted, Finished, StreamEvent
-from countersign.v1.tokenizer_pb2 import DecodeRequest, DecodeResponse
 
 CHECK_S = 1.0
 # A target answers its requests' deadlines itself; this long after one the router stops believing in it.
 DEADLINE_GRACE_S = 5.0
-DECODE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Follower:
     """What following a log needs of the outside. ``wall_ms`` is Unix time in milliseconds."""
 
-    bus: Bus
+    text: Text
     journal: Journal
     registry: Registry
     receipts: Receipts
@@ -109,9 +107,7 @@ class Follower:
         """The tokens whose text is settled by now."""
         pieces: Sequence[str] = ()
         if answer.undecoded:
-            request = DecodeRequest(context_ids=answer.context, token_ids=answer.undecoded, final=final)
-            reply = await self.bus.call("tokenizer", "Decode", request, DecodeResponse, timeout=DECODE_TIMEOUT_S)
-            pieces = reply.pieces
+            pieces = await self.text.decode(answer.context, answer.undecoded, final=final)
         tokens = answer.decoded(pieces, final=final)
         if tokens is not None:
             yield StreamEvent(tokens=tokens)

@@ -21,6 +21,7 @@ from countersign.services.router import admission
 from countersign.services.router.following import Follower
 from countersign.services.router.placement import candidates
 from countersign.services.router.receipts import Receipts
+from countersign.services.router.text import Text
 from countersign.services.runtime.errors import (
     AlreadyExists,
     CountersignError,
@@ -52,7 +53,6 @@ from countersign.v1.router_pb2 import (
 )
 from countersign.v1.sampling_pb2 import FinishReason
 from countersign.v1.target_pb2 import StartRequest, StartResponse
-from countersign.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
 
 CALL_TIMEOUT_S = 5.0
 CANCEL_WAIT_S = 5.0
@@ -70,7 +70,8 @@ class RouterService:
         self._bus = context.bus
         self._journal = context.journal
         self._receipts = Receipts(context.journal)
-        self._follower = Follower(context.bus, context.journal, context.registry, self._receipts, _wall_ms)
+        self._text = Text(context.bus)
+        self._follower = Follower(self._text, context.journal, context.registry, self._receipts, _wall_ms)
         self._active = 0
         self._background: set[asyncio.Task[None]] = set()
 
@@ -188,10 +189,7 @@ class RouterService:
     async def _prompt(self, request: GenerateRequest) -> Sequence[int]:
         if request.WhichOneof("prompt") == "token_ids":
             return request.token_ids.ids
-        reply = await self._bus.call(
-            "tokenizer", "Encode", EncodeRequest(text=request.text), EncodeResponse, timeout=CALL_TIMEOUT_S
-        )
-        return reply.token_ids
+        return await self._text.encode(request.text)
 
     async def _place(self, opener: Opener) -> None:
         """Assign the request to a target that takes it. A log that is assigned already (a repeated call) is left."""

@@ -19,6 +19,8 @@ message says what happened and where; ``help`` says what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -131,6 +133,15 @@ def _clip(text: str, limit: int) -> str:
     if len(data) <= limit:
         return data.decode()
     return data[: limit - 3].decode(errors="ignore") + "…"
+
+
+@contextmanager
+def refused(cause: type[Exception], *, reason: str, help: str) -> Iterator[None]:  # noqa: A002  the field's word
+    """What raises ``cause`` inside is a FailedPrecondition to whoever asked: the message stays, the traceback goes."""
+    try:
+        yield
+    except cause as error:
+        raise FailedPrecondition(str(error), reason=reason, help=help) from None
 
 
 _BY_CODE: dict[int, type[CountersignError]] = {

@@ -26,6 +26,7 @@ from countersign.services.runtime.config import Config
 from countersign.services.runtime.errors import CountersignError, FailedPrecondition, Unavailable
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.registry import Registry
+from countersign.services.runtime.restart import MISCONFIGURED
 from countersign.services.runtime.rpc_server import RpcServer
 from countersign.services.runtime.service import Context, Create, Service
 from countersign.v1.registry_pb2 import Instance
@@ -48,7 +49,7 @@ def main(name: str, create: Create, arguments: Sequence[str] | None = None) -> N
         config = configuration.load(options.config, os.environ, options.overrides)
     except CountersignError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISCONFIGURED)
     sys.exit(asyncio.run(_run(_Process(name, config, create))))
 
 
@@ -96,6 +97,8 @@ async def _run(process: _Process) -> int:
         return 0
     except CountersignError as error:
         process.log.error("%s", error, extra={"reason": error.reason})  # noqa: TRY400  the message says it all
+        if isinstance(error, FailedPrecondition) and not process.address:
+            return MISCONFIGURED
     except Exception:  # the process's last words
         process.log.exception("failed")
     return 1

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MISCONFIGURED = 2
+"""Exit code of a start that fails in the same way every time: it is not tried again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -67,7 +70,8 @@ class RestartPolicy:
             record.failures = 0
         record.healthy_since = None
         record.failures += 1
-        if not record.ever_healthy and record.failures >= self._limits.attempts:
+        hopeless = code == MISCONFIGURED or record.failures >= self._limits.attempts
+        if not record.ever_healthy and hopeless:
             return GiveUp(name, code, record.failures)
         return Start(name, at + self._limits.delay(record.failures))
 

@@ -10,6 +10,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from countersign import __version__
 from countersign.services.engine.config import ModelConfig
+from countersign.services.engine.errors import CheckpointError
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import Tokenizer
@@ -18,7 +19,7 @@ from countersign.services.protocol.errors import LogError, NotOwner
 from countersign.services.protocol.events import CancelledByClient
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.protocol.writer import Writer
-from countersign.services.runtime.errors import DataLoss, FailedPrecondition, ResourceExhausted
+from countersign.services.runtime.errors import DataLoss, FailedPrecondition, ResourceExhausted, refused
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.service import Call, Context
 from countersign.services.target.committer import Committer
@@ -34,6 +35,7 @@ from countersign.v1.commit_pb2 import Opened
 from countersign.v1.registry_pb2 import Instance
 from countersign.v1.router_pb2 import ModelInfo
 from countersign.v1.target_pb2 import StartRequest, StartResponse
+from countersign.verify.errors import KeyFileError
 from countersign.verify.keys import load_or_create_signing_key, write_public
 
 QUEUE_FACTOR = 4
@@ -155,7 +157,7 @@ class TargetService:
 async def create(context: Context) -> TargetService:
     """Load the model of ``target.model`` and the signing key, which is made at the first start.
 
-    Raises CheckpointError when the folder is not understood, KeyFileError when the key cannot be read.
+    Raises FailedPrecondition when the folder is not understood (BAD_CHECKPOINT) or the key unreadable (BAD_KEY_FILE).
     """
     import torch
 
@@ -163,10 +165,12 @@ async def create(context: Context) -> TargetService:
 
     config = context.config.target
     torch.set_num_threads(config.threads)
-    model = load_model(config.model, dtype=config.dtype)
+    with refused(CheckpointError, reason="BAD_CHECKPOINT", help="set target.model to a Hugging Face folder"):
+        model, tokenizer = load_model(config.model, dtype=config.dtype), Tokenizer(config.model)
     cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
-    key = load_or_create_signing_key(context.config.data_dir / "keys" / "receipts.key")
-    write_public(context.config.data_dir / "keys" / "receipts.pub", key.public_key())
+    with refused(KeyFileError, reason="BAD_KEY_FILE", help="mend the file, or remove it for a new key"):
+        key = load_or_create_signing_key(context.config.data_dir / "keys" / "receipts.key")
+        write_public(context.config.data_dir / "keys" / "receipts.pub", key.public_key())
     info = ModelInfo(
         name=Path(config.model).name,
         weights_sha256=model.digests.weights,
@@ -200,7 +204,7 @@ async def create(context: Context) -> TargetService:
         context.instance,
         info,
         model.config,
-        Tokenizer(config.model),
+        tokenizer,
         cache,
         context.journal,
         loop,

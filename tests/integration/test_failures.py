@@ -57,6 +57,18 @@ async def test_the_draft_dies_and_the_answer_goes_on_with_the_same_tokens(own_st
     assert token_ids == [token.id for token in whole.tokens]
 
 
+async def test_the_tokenizer_dies_and_the_answer_goes_on_with_the_same_text(own_stack: Running) -> None:
+    async with Client(own_stack.router) as client:
+        whole = await client.complete(PROMPT, max_tokens=200, ignore_eos=True)
+        text = ""
+        async for event in client.generate(PROMPT, max_tokens=200, ignore_eos=True):
+            if isinstance(event, Tokens):
+                if not text:
+                    os.kill(service(own_stack, "tokenizer"), signal.SIGKILL)
+                text += event.text
+    assert text == whole.text
+
+
 async def test_the_store_dies_and_requests_go_on(own_stack: Running) -> None:
     before = await recovered(own_stack)
     os.kill(service(own_stack, "kv"), signal.SIGKILL)

@@ -148,7 +148,7 @@ async def test_a_wrong_configuration_ends_the_process_with_code_2_and_says_which
     assert "unknown key kv.capacity (did you mean kv.capacity_bytes?)" in log
 
 
-async def test_a_bus_that_is_not_configured_or_not_there_ends_the_process_with_code_1(start: Start) -> None:
+async def test_a_bus_that_is_not_configured_ends_the_process_with_code_2(start: Start) -> None:
     code, log = await ended(await start("--set", "nats.port=0"))
-    assert (code, "nats.url is empty" in log) == (1, True)
+    assert (code, "nats.url is empty" in log) == (2, True)
     assert "Traceback" not in log

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from countersign.services.runtime.restart import GiveUp, Limits, RestartPolicy, Start
+from countersign.services.runtime.restart import MISCONFIGURED, GiveUp, Limits, RestartPolicy, Start
 
 TIMES = st.lists(st.floats(0, 100), min_size=1, max_size=40)
 
@@ -32,6 +32,11 @@ def test_a_process_that_was_never_healthy_is_given_up_after_its_attempts() -> No
     assert policy.exited("kv", 1, at=0.0) == Start("kv", at=0.2)
     assert policy.exited("kv", 1, at=1.0) == Start("kv", at=1.4)
     assert policy.exited("kv", 9, at=2.0) == GiveUp("kv", code=9, failures=3)
+
+
+def test_a_process_that_is_configured_wrongly_is_given_up_at_once_unless_it_was_healthy_before() -> None:
+    assert RestartPolicy(Limits(attempts=3)).exited("kv", MISCONFIGURED, at=0.0) == GiveUp("kv", code=2, failures=1)
+    assert healthy_policy().exited("kv", MISCONFIGURED, at=1.0) == Start("kv", at=1.2)
 
 
 @given(TIMES)

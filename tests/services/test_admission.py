@@ -32,6 +32,7 @@ def test_a_plain_request_is_let_in() -> None:
         (request(tenant="a>b"), "BAD_TENANT"),
         (GenerateRequest(text="", sampling=SamplingParams(max_tokens=1)), "EMPTY_PROMPT"),
         (GenerateRequest(token_ids=TokenIds(), sampling=SamplingParams(max_tokens=1)), "EMPTY_PROMPT"),
+        (GenerateRequest(text="é" * 400_000, sampling=SamplingParams(max_tokens=1)), "PROMPT_TOO_LONG"),
         (request(sampling={"temperature": -0.1}), "BAD_TEMPERATURE"),
         (request(sampling={"temperature": math.nan}), "BAD_TEMPERATURE"),
         (request(sampling={"temperature": math.inf}), "BAD_TEMPERATURE"),

@@ -164,7 +164,7 @@ def _print_report(path: Path, report: AuditReport) -> None:
 
     console = Console(highlight=False)
     if report.receipt is None:
-        _line(console, "", str(path))
+        console.print(str(path), markup=False, soft_wrap=True)
     else:
         receipt = report.receipt.receipt
         request, output = receipt.request, receipt.output
@@ -172,7 +172,7 @@ def _print_report(path: Path, report: AuditReport) -> None:
         counts = (
             f"{request.prompt_tokens} prompt tokens, {output.tokens} output tokens, ended by {output.finish_reason}"
         )
-        _line(console, "", f"{what}, {counts}")
+        console.print(f"{what}, {counts}", markup=False, soft_wrap=True)
     for level in report.levels:
         _line(console, level.level, level.summary, level.outcome)
     _line(console, _WORDS[report.verdict], _conclusion(report), report.verdict, bold=True)
@@ -181,6 +181,8 @@ def _print_report(path: Path, report: AuditReport) -> None:
 def _conclusion(report: AuditReport) -> str:
     if report.verdict == "fail" and report.receipt is None:
         return "this is no receipt, or it was damaged."
+    if report.verdict == "fail" and report.levels[-1].help:
+        return f"nobody who is trusted here has signed it: {report.levels[-1].help}."
     if report.verdict == "fail":
         return "the receipt or its answer is not what it claims to be. Keep the file: it is the evidence."
     if report.verdict == "inconclusive":

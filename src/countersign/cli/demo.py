@@ -22,7 +22,7 @@ from countersign.cli.prompts import Prompt, heldout_prompts
 from countersign.cli.render import AnswerPrinter
 from countersign.client import Accepted, Client, Finished, Tokens
 from countersign.services.runtime.config import Config, load
-from countersign.services.runtime.errors import Internal
+from countersign.services.runtime.errors import CountersignError, Internal
 from countersign.services.runtime.rpc import Channel
 from countersign.services.runtime.supervisor import Complete, Event, Supervisor
 from countersign.v1.auditor_pb2 import AuditOutcome, AuditRequest, AuditResponse
@@ -77,6 +77,10 @@ def demo(
         summary = asyncio.run(_run(console, list(set_ or [])))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except CountersignError as error:
+        # The log lay in the folder that is gone by now.
+        sys.stderr.write(error.metadata.get("log_tail", ""))
+        raise
     except asyncio.CancelledError:
         raise typer.Exit(128 + signal.SIGTERM) from None
     if json_:

@@ -51,7 +51,7 @@ def generate(
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which the answer ends as it is.")] = None,
     model: Annotated[str, typer.Option(help="Which model, where more than one is served.")] = "",
-    request_id: Annotated[str, typer.Option(help="A name of your own for the request.")] = "",
+    request_id: Annotated[str, typer.Option(help="A name of your own; asked again under it, the same goes on.")] = "",
 ) -> None:
     """Continue a prompt: text in two colours as it is committed, and a signed receipt."""
     text = read_prompt(prompt, prompt_file)

@@ -97,7 +97,8 @@ def explain(error: CountersignError) -> str:
     if not error.help:
         return f"{message}."
     advice = error.help.rstrip(".")
-    return f"{message}. {advice[0].upper()}{advice[1:]}."
+    end = "" if advice.endswith(("?", "!")) else "."
+    return f"{message}. {advice[0].upper()}{advice[1:]}{end}"
 
 
 def main() -> None:
