@@ -17,6 +17,7 @@ from countersign.services.protocol.errors import LogError, RequestIdTaken
 from countersign.services.protocol.events import ClosedAlready, Settled
 from countersign.services.protocol.opener import Opener
 from countersign.services.protocol.subjects import commit_subject
+from countersign.services.protocol.writer import Writer
 from countersign.services.router import admission
 from countersign.services.router.following import Follower
 from countersign.services.router.placement import candidates
@@ -52,7 +53,7 @@ from countersign.v1.router_pb2 import (
     ResumeResponse,
 )
 from countersign.v1.sampling_pb2 import FinishReason
-from countersign.v1.target_pb2 import StartRequest, StartResponse
+from countersign.v1.target_pb2 import RefreshRequest, RefreshResponse, StartRequest, StartResponse
 
 CALL_TIMEOUT_S = 5.0
 CANCEL_WAIT_S = 5.0
@@ -123,6 +124,8 @@ class RouterService:
         final = await settle(opener, opener.cancel("the client asked for it"), self._journal)
         if isinstance(final, ClosedAlready):
             return CancelResponse(reason=final.reason)
+        if opener.log.instance:
+            await self._refresh(opener.log)
         reason = await self._closed(request.request_id, min(CANCEL_WAIT_S, call.remaining()))
         return CancelResponse(reason=reason)
 
@@ -192,31 +195,62 @@ class RouterService:
         return await self._text.encode(request.text)
 
     async def _place(self, opener: Opener) -> None:
-        """Assign the request to a target that takes it. A log that is assigned already (a repeated call) is left."""
+        """Assign the request to a target that takes it; where none does, close it and raise why.
+
+        A repeated call finds the log assigned: its target is asked to start it once more, which changes nothing where
+        it has, and mends it where the first call's router died in between.
+        """
         log = opener.log
-        if log.epoch > 0 or log.ended or log.opened is None:
+        if log.ended or log.opened is None:
+            return
+        if log.epoch > 0 and await self._started(log) is None:
             return
         refusal: CountersignError = Unavailable("no target is alive", reason="NO_TARGET", help="try again")
         for target in candidates(self._context.registry.live("target"), log.opened.weights_sha256):
             final = await settle(opener, opener.assign(target.instance), self._journal)
             if not isinstance(final, Settled):
                 return
-            start = StartRequest(request_id=log.request_id, epoch=opener.log.epoch)
-            try:
-                await self._bus.call(
-                    "target", "Start", start, StartResponse, timeout=CALL_TIMEOUT_S, instance=target.instance
-                )
-            except (ResourceExhausted, Unavailable, DeadlineExceeded) as error:
-                refusal = error
-                continue
-            return
+            failure = await self._started(opener.log)
+            if failure is None:
+                return
+            refusal = failure
+        await self._close_refused(opener, refusal)
         raise refusal
+
+    async def _started(self, log: LogState) -> CountersignError | None:
+        """Have the log's target start it; why it did not, None when it did."""
+        start = StartRequest(request_id=log.request_id, epoch=log.epoch)
+        try:
+            await self._bus.call("target", "Start", start, StartResponse, timeout=CALL_TIMEOUT_S, instance=log.instance)
+        except (ResourceExhausted, Unavailable, DeadlineExceeded) as error:
+            return error
+        return None
+
+    async def _close_refused(self, opener: Opener, refusal: CountersignError) -> None:
+        """No target took the request: take it over, so that none can any more, and close it."""
+        instance = self._context.instance
+        if not isinstance(await settle(opener, opener.assign(instance), self._journal), Settled):
+            return
+        writer = Writer(opener.log, epoch=opener.log.epoch, instance=instance)
+        close = writer.close(FinishReason.FINISH_REASON_ERROR, message=f"no target took the request: {refusal}")
+        await settle(writer, close, self._journal)
+
+    async def _refresh(self, log: LogState) -> None:
+        """Tell the log's target that it has grown. It would find out by itself, at its next append."""
+        request = RefreshRequest(request_id=log.request_id)
+        try:
+            await self._bus.call(
+                "target", "Refresh", request, RefreshResponse, timeout=CALL_TIMEOUT_S, instance=log.instance
+            )
+        except CountersignError as error:
+            self._context.log.warning("target was not told request=%s error=%s", log.request_id, error.reason)
 
     async def _cancel_quietly(self, request_id: str, cause: str) -> None:
         """Nobody waits for the answer any more; the log says so, and the target stops."""
         try:
             opener = Opener(await self._log_of(request_id))
-            await settle(opener, opener.cancel(cause), self._journal)
+            if isinstance(await settle(opener, opener.cancel(cause), self._journal), Settled) and opener.log.instance:
+                await self._refresh(opener.log)
         except (CountersignError, LogError) as error:
             self._context.log.warning("request could not be cancelled request=%s error=%s", request_id, error)
 
@@ -224,16 +258,13 @@ class RouterService:
         """Wait for the target to close the request."""
         try:
             async with asyncio.timeout(patience):
-                async for event in self._follower.follow(request_id, 0):
-                    if event.HasField("finished"):
-                        return event.finished.reason
+                return await self._follower.ended(request_id)
         except TimeoutError as error:
             raise DeadlineExceeded(
                 f"request {request_id} is cancelled, but its target has not closed it",
                 reason="TARGET_SILENT",
                 help="nothing more is committed; its receipt will follow if the target lives",
             ) from error
-        raise DataLoss(f"the log of request {request_id} ends without Closed")
 
     async def _log_of(self, request_id: str) -> LogState:
         entries = await self._journal.read(commit_subject(request_id))

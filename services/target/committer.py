@@ -62,8 +62,12 @@ class Committer:
     async def _extend(self, session: Session, changed: asyncio.Event) -> bool:
         """Append pass by pass; True when the log is ours to close."""
         writer = session.writer
-        first = True
         while session.uncommitted or session.finish is None:
+            if isinstance(writer.stop, CancelledByClient):
+                session.cancel()
+                return True
+            if writer.stop is not None:
+                return False
             if not session.uncommitted:
                 changed.clear()
                 await changed.wait()
@@ -73,9 +77,8 @@ class Committer:
                 sampled.token_ids,
                 drafted=sampled.drafted,
                 accepted=sampled.accepted,
-                cached_prompt_tokens=session.cached_tokens if first else 0,
+                cached_prompt_tokens=session.cached_tokens if writer.log.epoch_passes == 0 else 0,
             )
-            first = False
             final = await self._settle(session, effect)
             if isinstance(final, CancelledByClient):
                 session.cancel()
@@ -91,9 +94,16 @@ class Committer:
         """Receipt, then Closed. A cancel that comes in between wins: then once more, as cancelled."""
         writer = session.writer
         while session.finish is not None:
-            reason = session.finish
-            digest = await self._receipt(session, writer.log, reason)
-            final = await self._settle(session, writer.close(reason, receipt_sha256=digest, message=session.message))
+            reason, digest = session.finish, b""
+            try:
+                digest = await self._receipt(session, writer.log, reason)
+            except (VerificationError, CountersignError) as error:
+                self._log.exception("no receipt could be made request=%s", session.request_id)
+                session.message = f"no receipt could be made: {error}"
+                if not isinstance(writer.stop, CancelledByClient):
+                    reason = FinishReason.FINISH_REASON_ERROR
+            close = writer.close(reason, receipt_sha256=digest, message=session.message)
+            final = await self._settle(session, close)
             if not isinstance(final, CancelledByClient):
                 return
             session.cancel()

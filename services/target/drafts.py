@@ -8,17 +8,17 @@ from itertools import takewhile
 
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.errors import CountersignError
+from countersign.services.target.backoff import Backoff
 from countersign.services.target.session import Session
 from countersign.v1.draft_pb2 import DraftSequence, ForgetRequest, ForgetResponse, ProposeRequest, ProposeResponse
 
 TIMEOUT_S = 1.0
-BACKOFF_S = 1.0
 
 
 class Drafts:
     """The draft as the target sees it: what it holds of each request, and whether to ask it at all.
 
-    After a failure nobody asks for ``BACKOFF_S``: a dead draft must not cost each step a time-out.
+    After a failure nobody asks for a while: a dead or hung draft must not cost each step a time-out.
     """
 
     def __init__(
@@ -27,25 +27,25 @@ class Drafts:
         self._bus = bus
         self._tokens = tokens
         self._vocabulary_size = vocabulary_size
-        self._clock = clock
+        self._backoff = Backoff(clock)
         self._log = log
         self._held: dict[str, int] = {}
-        self._quiet_until = 0.0
 
     async def propose(self, sessions: Sequence[Session]) -> dict[str, tuple[int, ...]]:
         """Proposals by request id, for those that can use one; {} when the draft does not answer."""
         asks = [ask for ask in map(self._ask, sessions) if ask is not None]
-        if not asks or self._clock() < self._quiet_until:
+        if not asks or self._backoff.resting:
             return {}
         try:
             response = await self._bus.call(
                 "draft", "Propose", ProposeRequest(sequences=asks), ProposeResponse, timeout=TIMEOUT_S
             )
         except CountersignError as error:
-            self._quiet_until = self._clock() + BACKOFF_S
+            self._backoff.failed()
             self._held.clear()
             self._log.warning("draft does not answer, going on without error=%s", error.reason)
             return {}
+        self._backoff.answered()
         return self._results(asks, response)
 
     async def forget(self, request_id: str) -> None:

@@ -76,9 +76,18 @@ class TargetLoop:
         """Requests here, waiting ones included."""
         return len(self._waiting) + len(self._running)
 
-    def holds(self, request_id: str) -> bool:
-        """Whether the request is here."""
-        return request_id in self._running or any(s.request_id == request_id for s in self._waiting)
+    def find(self, request_id: str) -> Session | None:
+        """The request, if it is here."""
+        running = self._running.get(request_id)
+        if running is not None:
+            return running.session
+        return next((session for session in self._waiting if session.request_id == request_id), None)
+
+    def ended(self, session: Session) -> None:
+        """Its ``finish`` was set from outside: its committer, once it has one, shall look."""
+        if session.request_id in self._running:
+            self._running[session.request_id].changed.set()
+        self._wake.set()
 
     def add(self, session: Session) -> None:
         """Queue a session."""
@@ -106,6 +115,8 @@ class TargetLoop:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._prefixes is not None:
+            await self._prefixes.close()
 
     async def _step(self) -> bool:
         """One pass over whoever can run; False when nobody can."""
@@ -141,22 +152,28 @@ class TargetLoop:
             deadline = session.opened.deadline_unix_ms
             if deadline and now >= deadline and session.finish is None:
                 session.end(FinishReason.FINISH_REASON_DEADLINE)
-                if session.request_id in self._running:
-                    self._running[session.request_id].changed.set()
+                self.ended(session)
 
     def _admit(self, committer: Committer) -> None:
-        """Let waiting sessions in, first come first served, while their KV is sure to fit."""
+        """Let waiting sessions in, first come first served, while their KV is sure to fit; who has ended needs none."""
+        for session in [session for session in self._waiting if session.finish is not None]:
+            self._waiting.remove(session)
+            self._enter(session, committer)
         while self._waiting and len(self._running) < self._max_sequences:
             session = self._waiting[0]
-            reserved = sum(_rounded(running.session) for running in self._running.values())
+            held = (running.session for running in self._running.values())
+            reserved = sum(_rounded(other) for other in held if other.finish is None or other.sequence.length)
             if self._running and reserved + _rounded(session) > self._capacity:
                 return
             self._waiting.popleft()
-            if self._prefixes is not None and session.finish is None:
+            if self._prefixes is not None:
                 session.loading = True
                 self._spawn(self._load_prefix(self._prefixes, session))
-            running = self._running[session.request_id] = Running(session)
-            running.task = asyncio.create_task(committer.run(session, running.changed))
+            self._enter(session, committer)
+
+    def _enter(self, session: Session, committer: Committer) -> None:
+        running = self._running[session.request_id] = Running(session)
+        running.task = asyncio.create_task(committer.run(session, running.changed))
 
     async def _load_prefix(self, prefixes: Prefixes, session: Session) -> None:
         """Import the stored KV of the full blocks; at least one token is left to feed. Others go on meanwhile."""
@@ -192,7 +209,8 @@ class TargetLoop:
         committed = session.prompt_tokens + len(session.writer.log.tokens)
         full = min(committed, session.sequence.length) // PAGE_TOKENS
         first = session.stored_blocks
-        if self._prefixes is None or full <= first:
+        # A request that failed may have failed over its own KV.
+        if self._prefixes is None or full <= first or session.finish == FinishReason.FINISH_REASON_ERROR:
             return
         blocks = await self._in_thread(lambda: [session.sequence.export_block(index) for index in range(first, full)])
         keys = self._prefixes.keys(session.opened.tenant, session.tokens[: full * PAGE_TOKENS])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from countersign.services.protocol.keys import chain_keys, root_key
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.rpc import Channel
+from countersign.services.target.backoff import Backoff
 from countersign.v1.kv_pb2 import (
     BlockId,
     GetRequest,
@@ -33,11 +34,20 @@ MAX_KEYS = 512
 class Prefixes:
     """The kv service as one target sees it; ``holder`` is the target's instance."""
 
-    def __init__(self, bus: Bus, holder: str, weights: bytes, cache_format: str, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        holder: str,
+        weights: bytes,
+        cache_format: str,
+        clock: Callable[[], float],
+        log: logging.Logger,
+    ) -> None:
         self._bus = bus
         self._holder = holder
         self._weights = weights
         self._format = cache_format
+        self._backoff = Backoff(clock)
         self._log = log
         self._channels: dict[str, Channel] = {}
 
@@ -47,19 +57,22 @@ class Prefixes:
 
     async def fetch(self, request_id: str, keys: Sequence[bytes]) -> list[bytes]:
         """The data of the longest stored prefix of ``keys``; [] when nothing is stored or the store does not answer."""
-        if not keys:
+        if not keys or self._backoff.resting:
             return []
         holder = f"{self._holder}/{request_id}"
         try:
             lookup = LookupRequest(keys=keys, holder=holder, ttl_ms=TTL_MS)
             found = await self._bus.call("kv", "Lookup", lookup, LookupResponse, timeout=CALL_TIMEOUT_S)
             if not found.found:
+                self._backoff.answered()
                 return []
             blocks = await self._get(found.address, holder, keys[: found.found])
             await self._release(holder)
         except CountersignError as error:
+            self._backoff.failed()
             self._log.warning("kv store does not answer, prefilling instead error=%s", error.reason)
             return []
+        self._backoff.answered()
         return blocks
 
     async def store(self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int) -> None:
@@ -69,7 +82,7 @@ class Prefixes:
             BlockId(key=keys[i], parent=keys[i - 1] if i else b"", size=len(block))
             for i, block in enumerate(blocks, first)
         ]
-        if not ids:
+        if not ids or self._backoff.resting:
             return
         try:
             request = ReserveRequest(blocks=ids, holder=holder, ttl_ms=TTL_MS)
@@ -81,6 +94,7 @@ class Prefixes:
                 await channel.put_stream("/countersign.v1.KvService/Put", puts, PutResponse, timeout=DATA_TIMEOUT_S)
             await self._release(holder)
         except CountersignError as error:
+            self._backoff.failed()
             self._log.warning("kv store took nothing error=%s", error.reason)
 
     async def close(self) -> None:

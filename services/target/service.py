@@ -19,7 +19,7 @@ from countersign.services.protocol.errors import LogError, NotOwner
 from countersign.services.protocol.events import CancelledByClient
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.protocol.writer import Writer
-from countersign.services.runtime.errors import DataLoss, FailedPrecondition, ResourceExhausted, refused
+from countersign.services.runtime.errors import DataLoss, FailedPrecondition, ResourceExhausted, Unavailable, refused
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.service import Call, Context
 from countersign.services.target.committer import Committer
@@ -34,7 +34,7 @@ from countersign.v1 import target_pb2
 from countersign.v1.commit_pb2 import Opened
 from countersign.v1.registry_pb2 import Instance
 from countersign.v1.router_pb2 import ModelInfo
-from countersign.v1.target_pb2 import StartRequest, StartResponse
+from countersign.v1.target_pb2 import RefreshRequest, RefreshResponse, StartRequest, StartResponse
 from countersign.verify.errors import KeyFileError
 from countersign.verify.keys import load_or_create_signing_key, write_public
 
@@ -89,8 +89,16 @@ class TargetService:
             ResourceExhausted: the queue is full.
             DataLoss: the log is not as the protocol says.
         """
-        if self._loop.holds(request.request_id):
-            return StartResponse()
+        held = self._loop.find(request.request_id)
+        if held is not None and held.writer.epoch == request.epoch:
+            return StartResponse(sequence=held.writer.log.sequence)
+        if held is not None:
+            await self._refresh(held)
+            raise Unavailable(
+                f"target {self._instance} still lets go of request {request.request_id}",
+                reason="OLD_EPOCH",
+                help="try again",
+            )
         if self._loop.sessions >= self._queue:
             raise ResourceExhausted(
                 f"target {self._instance} has {self._queue} requests already",
@@ -99,12 +107,33 @@ class TargetService:
             )
         writer = await self._take_over(request)
         # The same call may have come twice while the log was read.
-        if writer.log.closed is None and not self._loop.holds(request.request_id):
+        if writer.log.closed is None and self._loop.find(request.request_id) is None:
             session = self._session(writer, self._opened(writer))
             if isinstance(writer.stop, CancelledByClient):
                 session.cancel()
             self._loop.add(session)
         return StartResponse(sequence=writer.log.sequence)
+
+    async def Refresh(self, request: RefreshRequest, call: Call) -> RefreshResponse:
+        """Raises DataLoss when the log is not as the protocol says."""
+        session = self._loop.find(request.request_id)
+        if session is not None:
+            await self._refresh(session)
+        return RefreshResponse()
+
+    async def _refresh(self, session: Session) -> None:
+        writer = session.writer
+        entries = await self._journal.read(commit_subject(session.request_id), after=writer.log.sequence)
+        if writer.in_flight is not None:
+            return  # that append will be refused, and find out by itself
+        try:
+            writer.tail(entries)
+        except LogError as error:
+            raise DataLoss(f"the log of request {session.request_id} is damaged: {error}") from error
+        if isinstance(writer.stop, CancelledByClient):
+            session.cancel()
+        if writer.stop is not None:
+            self._loop.ended(session)
 
     async def _take_over(self, request: StartRequest) -> Writer:
         entries = await self._journal.read(commit_subject(request.request_id))
@@ -186,7 +215,9 @@ async def create(context: Context) -> TargetService:
     prefixes = None
     if config.kv_store:
         cache_format = f"{CACHE_FORMAT}/{config.dtype}"
-        prefixes = Prefixes(context.bus, context.instance, info.weights_sha256, cache_format, context.log)
+        prefixes = Prefixes(
+            context.bus, context.instance, info.weights_sha256, cache_format, time.monotonic, context.log
+        )
     drafts = Drafts(context.bus, context.config.draft.tokens, model.config.vocabulary_size, time.monotonic, context.log)
     loop = TargetLoop(
         Verifier(model, cache),

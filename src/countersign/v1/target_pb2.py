@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ountersign/v1/target.proto\x12\x0e\x63ountersign.v1\"1\n\x0cStartRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"!\n\rStartResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x32U\n\rTargetService\x12\x44\n\x05Start\x12\x1c.countersign.v1.StartRequest\x1a\x1d.countersign.v1.StartResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ountersign/v1/target.proto\x12\x0e\x63ountersign.v1\"1\n\x0cStartRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"!\n\rStartResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"$\n\x0eRefreshRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x11\n\x0fRefreshResponse2\xa1\x01\n\rTargetService\x12\x44\n\x05Start\x12\x1c.countersign.v1.StartRequest\x1a\x1d.countersign.v1.StartResponse\x12J\n\x07Refresh\x12\x1e.countersign.v1.RefreshRequest\x1a\x1f.countersign.v1.RefreshResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTREQUEST']._serialized_end=96
   _globals['_STARTRESPONSE']._serialized_start=98
   _globals['_STARTRESPONSE']._serialized_end=131
-  _globals['_TARGETSERVICE']._serialized_start=133
-  _globals['_TARGETSERVICE']._serialized_end=218
+  _globals['_REFRESHREQUEST']._serialized_start=133
+  _globals['_REFRESHREQUEST']._serialized_end=169
+  _globals['_REFRESHRESPONSE']._serialized_start=171
+  _globals['_REFRESHRESPONSE']._serialized_end=188
+  _globals['_TARGETSERVICE']._serialized_start=191
+  _globals['_TARGETSERVICE']._serialized_end=352
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class TargetServiceStub:
                 request_serializer=countersign_dot_v1_dot_target__pb2.StartRequest.SerializeToString,
                 response_deserializer=countersign_dot_v1_dot_target__pb2.StartResponse.FromString,
                 _registered_method=True)
+        self.Refresh = channel.unary_unary(
+                '/countersign.v1.TargetService/Refresh',
+                request_serializer=countersign_dot_v1_dot_target__pb2.RefreshRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_target__pb2.RefreshResponse.FromString,
+                _registered_method=True)
 
 
 class TargetServiceServicer:
@@ -54,6 +59,14 @@ class TargetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Refresh(self, request, context):
+        """Another has appended to the log of a request that the target holds: it looks now, not at its next append. A request
+        that it does not hold is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TargetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +74,11 @@ def add_TargetServiceServicer_to_server(servicer, server):
                     servicer.Start,
                     request_deserializer=countersign_dot_v1_dot_target__pb2.StartRequest.FromString,
                     response_serializer=countersign_dot_v1_dot_target__pb2.StartResponse.SerializeToString,
+            ),
+            'Refresh': grpc.unary_unary_rpc_method_handler(
+                    servicer.Refresh,
+                    request_deserializer=countersign_dot_v1_dot_target__pb2.RefreshRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_target__pb2.RefreshResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +109,33 @@ class TargetService:
             '/countersign.v1.TargetService/Start',
             countersign_dot_v1_dot_target__pb2.StartRequest.SerializeToString,
             countersign_dot_v1_dot_target__pb2.StartResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Refresh(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.TargetService/Refresh',
+            countersign_dot_v1_dot_target__pb2.RefreshRequest.SerializeToString,
+            countersign_dot_v1_dot_target__pb2.RefreshResponse.FromString,
             options,
             channel_credentials,
             insecure,

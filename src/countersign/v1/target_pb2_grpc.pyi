@@ -37,6 +37,10 @@ class TargetServiceStub:
     """Takes a request over from its token log, in which the caller has appended Assigned for this instance and epoch.
     Returns when the request is admitted; the answer goes to the log.
     """
+    Refresh: _grpc.UnaryUnaryMultiCallable[_target_pb2.RefreshRequest, _target_pb2.RefreshResponse]
+    """Another has appended to the log of a request that the target holds: it looks now, not at its next append. A request
+    that it does not hold is no error.
+    """
 
 @_typing.type_check_only
 class TargetServiceAsyncStub(TargetServiceStub):
@@ -46,6 +50,10 @@ class TargetServiceAsyncStub(TargetServiceStub):
     Start: _aio.UnaryUnaryMultiCallable[_target_pb2.StartRequest, _target_pb2.StartResponse]  # type: ignore[assignment]
     """Takes a request over from its token log, in which the caller has appended Assigned for this instance and epoch.
     Returns when the request is admitted; the answer goes to the log.
+    """
+    Refresh: _aio.UnaryUnaryMultiCallable[_target_pb2.RefreshRequest, _target_pb2.RefreshResponse]  # type: ignore[assignment]
+    """Another has appended to the log of a request that the target holds: it looks now, not at its next append. A request
+    that it does not hold is no error.
     """
 
 class TargetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,6 +67,16 @@ class TargetServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_target_pb2.StartResponse, _abc.Awaitable[_target_pb2.StartResponse]]:
         """Takes a request over from its token log, in which the caller has appended Assigned for this instance and epoch.
         Returns when the request is admitted; the answer goes to the log.
+        """
+
+    @_abc_1.abstractmethod
+    def Refresh(
+        self,
+        request: _target_pb2.RefreshRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_target_pb2.RefreshResponse, _abc.Awaitable[_target_pb2.RefreshResponse]]:
+        """Another has appended to the log of a request that the target holds: it looks now, not at its next append. A request
+        that it does not hold is no error.
         """
 
 def add_TargetServiceServicer_to_server(servicer: TargetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
