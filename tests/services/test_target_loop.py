@@ -1,0 +1,286 @@
+"""The target's loop and its committers in one process: a real model, a log in memory, no bus."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import pytest
+
+from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
+from countersign.services.engine.model import Model, load_model
+from countersign.services.engine.sampling import Sampling
+from countersign.services.protocol.commit import LogState, encode, replay
+from countersign.services.protocol.driver import settle
+from countersign.services.protocol.opener import Opener
+from countersign.services.protocol.subjects import commit_subject, receipt_subject
+from countersign.services.protocol.writer import Writer
+from countersign.services.target.batch import Work
+from countersign.services.target.committer import Committer
+from countersign.services.target.loop import TargetLoop
+from countersign.services.target.receipts import ReceiptMaker
+from countersign.services.target.session import Session
+from countersign.services.target.stopping import Stopper
+from countersign.services.target.verifier import Result, Verifier
+from countersign.v1.commit_pb2 import Cancelled, Opened
+from countersign.v1.router_pb2 import ModelInfo
+from countersign.v1.sampling_pb2 import Drafting, FinishReason, SamplingParams
+from countersign.verify.receipt import parse, receipt_digest
+from countersign.verify.testing import signing_key, write_tiny_model
+
+PROMPT = list(b"def quicksort(items):")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder)
+    return load_model(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    sequence: int
+    data: bytes
+
+
+@dataclass
+class MemoryJournal:
+    """Subjects with compare-and-set; ``on_receipt`` runs whenever a receipt is about to be stored."""
+
+    subjects: dict[str, list[Record]] = field(default_factory=dict)
+    on_receipt: Callable[[], None] = lambda: None
+
+    async def try_append(self, subject: str, data: bytes, *, expected: int) -> int | Literal["refused", "lost"]:
+        records = self.subjects.setdefault(subject, [])
+        if expected != (records[-1].sequence if records else 0):
+            return "refused"
+        records.append(Record(expected + 1, data))
+        return expected + 1
+
+    async def append(self, subject: str, data: bytes, *, expected: int, timeout: float) -> int:  # noqa: ASYNC109  as Journal
+        self.on_receipt()
+        answer = await self.try_append(subject, data, expected=expected)
+        assert isinstance(answer, int)
+        return answer
+
+    async def read(self, subject: str, *, after: int = 0) -> Sequence[Record]:
+        return [record for record in self.subjects.get(subject, []) if record.sequence > after]
+
+    async def last(self, subject: str) -> Record | None:
+        records = self.subjects.get(subject)
+        return records[-1] if records else None
+
+    def log(self, name: str) -> LogState:
+        return replay(name, self.subjects[commit_subject(name)])
+
+
+class NoDrafts:
+    async def propose(self, sessions: Sequence[Session]) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    async def forget(self, request_id: str) -> None:
+        """Nothing is held."""
+
+
+@dataclass
+class MemoryPrefixes:
+    """Holds nothing, keeps what is offered; ``slow`` requests load until it is set."""
+
+    offered: dict[str, int] = field(default_factory=dict)
+    slow: asyncio.Event | None = None
+
+    def keys(self, tenant: str, token_ids: Sequence[int]) -> list[bytes]:
+        return [bytes(32)] * (len(token_ids) // PAGE_TOKENS)
+
+    async def fetch(self, request_id: str, keys: Sequence[bytes]) -> list[bytes]:
+        if self.slow is not None:
+            await self.slow.wait()
+        return []
+
+    async def store(self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int) -> None:
+        assert len(keys) >= first + len(blocks)
+        self.offered[request_id] = first + len(blocks)
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class Watching(Verifier):
+    """Notes how many requests were in a pass at most."""
+
+    most = 0
+
+    def step(self, works: Sequence[Work]) -> list[Result]:
+        self.most = max(self.most, len(works))
+        return super().step(works)
+
+
+@dataclass
+class House:
+    model: Model
+    journal: MemoryJournal
+    prefixes: MemoryPrefixes
+    loop: TargetLoop
+    cache: PagedCache
+    verifier: Watching
+
+    async def add(self, name: str, max_tokens: int, prompt: Sequence[int] = PROMPT, timeout_ms: int = 0) -> Session:
+        sampling = SamplingParams(max_tokens=max_tokens, top_p=1.0)
+        opened = Opened(
+            model="tiny",
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            drafting=Drafting.DRAFTING_OFF,
+            salt_key=bytes(32),
+            deadline_unix_ms=now_ms() + timeout_ms if timeout_ms else 0,
+        )
+        opener = Opener(LogState(name))
+        await settle(opener, opener.open(opened), self.journal)
+        await settle(opener, opener.assign("t"), self.journal)
+        session = Session(
+            request_id=name,
+            opened=opened,
+            writer=Writer(opener.log, epoch=1, instance="t"),
+            sequence=self.cache.sequence(),
+            sampling=Sampling(0.0, 0, 1.0, 0),
+            stopper=Stopper(frozenset(), max_tokens),
+            tokens=list(prompt),
+            started_unix_ms=now_ms(),
+        )
+        self.loop.add(session)
+        return session
+
+    async def idle(self) -> None:
+        """Until every session is forgotten."""
+        await until(lambda: not self.loop.sessions)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  what is waited for has no event of its own
+            await asyncio.sleep(0.005)
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@asynccontextmanager
+async def house(model: Model, *, capacity: int = 4096, most: int = 8) -> AsyncIterator[House]:
+    journal, prefixes, log = MemoryJournal(), MemoryPrefixes(), logging.getLogger("test")
+    cache = PagedCache(model.config, "fp32", tokens=capacity)
+    verifier = Watching(model, cache)
+    loop = TargetLoop(
+        verifier,
+        cache,
+        cast("Any", NoDrafts()),
+        cast("Any", prefixes),
+        capacity_tokens=capacity,
+        max_sequences=most,
+        chunk=16,
+        wall_ms=now_ms,
+        log=log,
+    )
+    digest = bytes(range(32))
+    info = ModelInfo(name="tiny", weights_sha256=digest, tokenizer_sha256=digest, config_sha256=digest, dtype="fp32")
+    maker = ReceiptMaker(signing_key(), info, "test")
+    committer = Committer(cast("Any", journal), maker, now_ms, loop.wake, log)
+    running = asyncio.create_task(loop.run(committer))
+    try:
+        yield House(model, journal, prefixes, loop, cache, verifier)
+        assert not running.done(), running
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        await loop.close()
+
+
+async def test_every_request_ends_with_all_tokens_and_the_receipt_that_closed_it_and_gives_its_pages_back(
+    model: Model,
+) -> None:
+    async with house(model) as here:
+        free = here.cache.free_tokens
+        for index in range(6):
+            await here.add(f"r{index}", max_tokens=5 + index)
+        await here.idle()
+        for index in range(6):
+            log = here.journal.log(f"r{index}")
+            assert len(log.tokens) == 5 + index
+            assert log.closed is not None
+            last = here.journal.subjects[receipt_subject(f"r{index}")][-1]
+            assert receipt_digest(last.data) == log.closed.receipt_sha256
+        assert here.cache.free_tokens == free
+        here.cache.check_integrity()
+        assert here.verifier.most > 1
+
+
+async def test_a_cancel_between_receipt_and_closed_wins_and_the_receipt_says_so(model: Model) -> None:
+    async with house(model) as here:
+
+        def cancel_once() -> None:
+            here.journal.on_receipt = lambda: None
+            log = here.journal.log("r")
+            record = encode("r", log.digest, Cancelled(cause="just in time"))
+            here.journal.subjects[commit_subject("r")].append(Record(log.sequence + 1, record))
+
+        here.journal.on_receipt = cancel_once
+        await here.add("r", max_tokens=3)
+        await here.idle()
+        log = here.journal.log("r")
+        assert log.closed is not None
+        assert log.closed.reason == FinishReason.FINISH_REASON_CANCELLED
+        last = here.journal.subjects[receipt_subject("r")][-1]
+        assert receipt_digest(last.data) == log.closed.receipt_sha256
+        assert parse(last.data).receipt.output.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("max_tokens", [10, 11, 12, 26, 27, 28])
+async def test_only_blocks_of_committed_tokens_are_offered_to_the_store(model: Model, max_tokens: int) -> None:
+    async with house(model) as here:
+        await here.add("r", max_tokens=max_tokens)
+        await until(lambda: "r" in here.prefixes.offered)
+        # The last token's KV is never computed: nothing follows it.
+        committed = len(PROMPT) + len(here.journal.log("r").tokens)
+        assert here.prefixes.offered["r"] == (committed - 1) // PAGE_TOKENS
+
+
+async def test_requests_run_together_only_while_their_kv_is_sure_to_fit(model: Model) -> None:
+    async with house(model, capacity=200) as here:
+        for index in range(3):
+            await here.add(f"r{index}", max_tokens=40)
+        await here.idle()
+        assert here.verifier.most == 1
+        assert all(len(here.journal.log(f"r{index}").tokens) == 40 for index in range(3))
+
+
+async def test_a_deadline_that_passes_while_a_prefix_loads_ends_the_request_and_nothing_breaks(model: Model) -> None:
+    async with house(model) as here:
+        here.prefixes.slow = asyncio.Event()
+        session = await here.add("r", max_tokens=5, timeout_ms=30)
+        await until(lambda: session.done)
+        assert here.loop.sessions == 1, "forgotten while its prefix was still loading"
+        here.prefixes.slow.set()
+        await here.idle()
+        log = here.journal.log("r")
+        assert log.closed is not None
+        assert log.closed.reason == FinishReason.FINISH_REASON_DEADLINE
+
+
+async def test_a_receipt_that_cannot_be_made_closes_the_log_with_an_error_and_no_receipt(model: Model) -> None:
+    async with house(model) as here:
+        session = await here.add("r", max_tokens=3)
+        session.started_unix_ms = -1  # no verifier would take such a receipt
+        await here.idle()
+        log = here.journal.log("r")
+        assert log.closed is not None
+        assert log.closed.reason == FinishReason.FINISH_REASON_ERROR
+        assert log.closed.receipt_sha256 == b""
+        assert "no receipt" in log.closed.message
+        assert len(log.tokens) == 3
