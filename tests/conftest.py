@@ -41,8 +41,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    if items:
-        items[0].config.stash.setdefault(LEFT_OUT, []).extend(item.nodeid for item in items)
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.config.stash.setdefault(LEFT_OUT, []).append(item.nodeid)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

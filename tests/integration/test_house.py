@@ -65,15 +65,16 @@ async def test_drafting_batching_and_the_store_change_no_token(
     drafted = await answers(
         stack.router, prompts, drafting="model", temperature=temperature, tokens=tokens, tenant=f"{name}-a"
     )
+    # Before the other runs fill the store and these blocks make room.
+    alone = await answers(
+        stack.router, prompts[:6], drafting="model", temperature=temperature, tokens=tokens, tenant=f"{name}-a", batch=1
+    )
     plain = await answers(
         stack.router, prompts, drafting="off", temperature=temperature, tokens=tokens, tenant=f"{name}-b"
     )
     assert ids(drafted) == ids(plain)
     assert sum(answer.usage.accepted_tokens for answer in drafted) > 0
     assert sum(answer.usage.drafted_tokens for answer in plain) == 0
-    alone = await answers(
-        stack.router, prompts[:6], drafting="model", temperature=temperature, tokens=tokens, tenant=f"{name}-a", batch=1
-    )
     assert ids(alone) == ids(drafted)[:6]
     assert sum(answer.usage.cached_prompt_tokens for answer in alone) > 0, "nothing came from the store"
     assert sum(answer.usage.cached_prompt_tokens for answer in plain) == 0, "the cold runs were not cold"
