@@ -10,7 +10,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from countersign.services.draft.proposer import Ask, Proposer
 from countersign.services.engine.errors import CheckpointError
 from countersign.services.engine.sampling import Sampling
-from countersign.services.runtime.errors import InvalidArgument, refused
+from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument, translated
 from countersign.services.runtime.service import Call, Context
 from countersign.v1 import draft_pb2
 from countersign.v1.draft_pb2 import (
@@ -92,7 +92,9 @@ async def create(context: Context) -> DraftService:
 
     config = context.config.draft
     torch.set_num_threads(config.threads)
-    with refused(CheckpointError, reason="BAD_CHECKPOINT", help="set draft.model to a Hugging Face folder"):
+    with translated(
+        CheckpointError, FailedPrecondition, reason="BAD_CHECKPOINT", help="set draft.model to a Hugging Face folder"
+    ):
         model = load_model(config.model, dtype=config.dtype)
     cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
     return DraftService(Proposer(model, cache), model.config.vocabulary_size)

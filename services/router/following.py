@@ -15,7 +15,7 @@ from countersign.services.protocol.subjects import commit_subject
 from countersign.services.router.answer import Answer
 from countersign.services.router.receipts import Receipts
 from countersign.services.router.text import Text
-from countersign.services.runtime.errors import DataLoss, DeadlineExceeded, Unavailable
+from countersign.services.runtime.errors import DataLoss, DeadlineExceeded, Unavailable, translated
 from countersign.services.runtime.journal import Entry, Journal
 from countersign.services.runtime.registry import Registry
 from countersign.v1.router_pb2 import Accepted, Finished, StreamEvent
@@ -41,7 +41,7 @@ class Follower:
     receipts: Receipts
     wall_ms: Callable[[], int]
 
-    async def follow(self, request_id: str, position: int) -> AsyncIterator[StreamEvent]:
+    async def follow(self, request_id: str, position: int) -> AsyncGenerator[StreamEvent, None]:
         """Accepted, the committed tokens from ``position`` on, Finished.
 
         Raises:
@@ -155,10 +155,8 @@ class Follower:
 
 
 def _read(reader: Reader, entry: Entry) -> list[Event]:
-    try:
+    with translated(LogError, DataLoss, about=f"the log of request {reader.log.request_id} is damaged"):
         return reader.entry(entry.sequence, entry.data)
-    except LogError as error:
-        raise DataLoss(f"the log of request {reader.log.request_id} is damaged: {error}") from error
 
 
 def _answer(log: LogState, position: int) -> Answer:

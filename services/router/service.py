@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 
 from google.protobuf.descriptor import ServiceDescriptor
 
@@ -23,6 +23,8 @@ from countersign.services.router.following import Follower
 from countersign.services.router.placement import candidates
 from countersign.services.router.receipts import Receipts
 from countersign.services.router.text import Text
+from countersign.services.runtime.background import Background
+from countersign.services.runtime.clock import wall_ms
 from countersign.services.runtime.errors import (
     AlreadyExists,
     CountersignError,
@@ -32,6 +34,7 @@ from countersign.services.runtime.errors import (
     NotFound,
     ResourceExhausted,
     Unavailable,
+    translated,
 )
 from countersign.services.runtime.journal import Entry
 from countersign.services.runtime.service import Call, Context
@@ -72,15 +75,15 @@ class RouterService:
         self._journal = context.journal
         self._receipts = Receipts(context.journal)
         self._text = Text(context.bus)
-        self._follower = Follower(self._text, context.journal, context.registry, self._receipts, _wall_ms)
+        self._follower = Follower(self._text, context.journal, context.registry, self._receipts, wall_ms)
         self._active = 0
-        self._background: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     async def run(self) -> None:
         await asyncio.Event().wait()
 
     async def close(self) -> None:
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._background.drain()
 
     def describe(self, instance: Instance) -> None:
         instance.active_requests = self._active
@@ -101,21 +104,23 @@ class RouterService:
             opener = await self._open(request_id, request)
             opened = True
             await self._place(opener)
-            async for event in self._follower.follow(request_id, 0):
-                finished = event.HasField("finished")
-                yield GenerateResponse(event=event)
+            async with aclosing(self._follower.follow(request_id, 0)) as events:
+                async for event in events:
+                    finished = event.HasField("finished")
+                    yield GenerateResponse(event=event)
         finally:
             self._active -= 1
             goes_on = request.on_disconnect == OnDisconnect.ON_DISCONNECT_CONTINUE
             if opened and not finished and not goes_on:
-                self._spawn(self._cancel_quietly(request_id, "the client went away"))
+                self._background.spawn(self._cancel_quietly(request_id, "the client went away"))
 
     async def Resume(self, request: ResumeRequest, call: Call) -> AsyncIterator[ResumeResponse]:
         """Raises NotFound(UNKNOWN_REQUEST)."""
         admission.check_request_id(request.request_id)
         await self._log_of(request.request_id)
-        async for event in self._follower.follow(request.request_id, request.position):
-            yield ResumeResponse(event=event)
+        async with aclosing(self._follower.follow(request.request_id, request.position)) as events:
+            async for event in events:
+                yield ResumeResponse(event=event)
 
     async def Cancel(self, request: CancelRequest, call: Call) -> CancelResponse:
         """Raises NotFound(UNKNOWN_REQUEST), DeadlineExceeded when its target does not close it."""
@@ -161,7 +166,7 @@ class RouterService:
         admission.check(request, model)
         prompt = await self._prompt(request)
         admission.check_length(prompt, request.sampling, model)
-        now = _wall_ms()
+        now = wall_ms()
         timeout_ms = min(request.timeout_ms or self._config.default_timeout_ms, self._config.max_timeout_ms)
         if not request.sampling.HasField("top_p"):
             request.sampling.top_p = 1.0  # the log holds what was asked, defaults included
@@ -272,17 +277,10 @@ class RouterService:
             raise _unknown(request_id)
         return _replayed(request_id, entries)
 
-    def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
 
 def _replayed(request_id: str, entries: Sequence[Entry]) -> LogState:
-    try:
+    with translated(LogError, DataLoss, about=f"the log of request {request_id} is damaged"):
         return replay(request_id, entries)
-    except LogError as error:
-        raise DataLoss(f"the log of request {request_id} is damaged: {error}") from error
 
 
 def _unknown(request_id: str) -> NotFound:
@@ -294,7 +292,3 @@ def _unknown(request_id: str) -> NotFound:
 async def create(context: Context) -> RouterService:
     """A router needs nothing but the bus."""
     return RouterService(context)
-
-
-def _wall_ms() -> int:
-    return time.time_ns() // 1_000_000

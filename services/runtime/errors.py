@@ -136,12 +136,19 @@ def _clip(text: str, limit: int) -> str:
 
 
 @contextmanager
-def refused(cause: type[Exception], *, reason: str, help: str) -> Iterator[None]:  # noqa: A002  the field's word
-    """What raises ``cause`` inside is a FailedPrecondition to whoever asked: the message stays, the traceback goes."""
+def translated(
+    cause: type[Exception],
+    kind: type[CountersignError],
+    *,
+    about: str = "",
+    reason: str = "",
+    help: str = "",  # noqa: A002  the field's word
+) -> Iterator[None]:
+    """What raises ``cause`` inside is ``kind`` to whoever asked: its message after ``about``, its traceback gone."""
     try:
         yield
     except cause as error:
-        raise FailedPrecondition(str(error), reason=reason, help=help) from None
+        raise kind(f"{about}: {error}" if about else str(error), reason=reason, help=help) from None
 
 
 _BY_CODE: dict[int, type[CountersignError]] = {

@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from countersign.services.runtime import config as configuration
 from countersign.services.runtime import logs, telemetry
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.call import methods_of
+from countersign.services.runtime.clock import wall_ms
 from countersign.services.runtime.config import Config
 from countersign.services.runtime.errors import CountersignError, FailedPrecondition, Unavailable
 from countersign.services.runtime.journal import Journal
@@ -162,7 +162,7 @@ async def _open(process: _Process, context: Context, service: Service, undo: con
         instance=process.instance,
         address=process.address,
         pid=os.getpid(),
-        started_unix_ms=int(time.time() * 1000),
+        started_unix_ms=wall_ms(),
     )
     await context.registry.announce(record, service.describe)
     undo.push_async_callback(context.registry.withdraw)

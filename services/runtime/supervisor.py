@@ -26,6 +26,7 @@ from typing import Any, Never, Self, TypeVar
 
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.child import Child
+from countersign.services.runtime.clock import wall_ms
 from countersign.services.runtime.config import Config, dump
 from countersign.services.runtime.errors import CountersignError, Unavailable
 from countersign.services.runtime.health import is_serving
@@ -262,7 +263,7 @@ class Supervisor:
         self._on_event(event)
 
     def _publish_stack(self) -> None:
-        self._complete_at = time.time_ns() // 1_000_000
+        self._complete_at = wall_ms()
         self._undo.callback(stack_file(self._data_dir).unlink, missing_ok=True)
         self._write_stack()
 

@@ -100,8 +100,11 @@ class Committer:
             except (VerificationError, CountersignError) as error:
                 self._log.exception("no receipt could be made request=%s", session.request_id)
                 session.message = f"no receipt could be made: {error}"
-                if not isinstance(writer.stop, CancelledByClient):
+                if reason != FinishReason.FINISH_REASON_CANCELLED:
                     reason = FinishReason.FINISH_REASON_ERROR
+            if isinstance(writer.stop, CancelledByClient) and reason != FinishReason.FINISH_REASON_CANCELLED:
+                session.cancel()  # learned while the receipt was on its way: the log may only close as cancelled
+                continue
             close = writer.close(reason, receipt_sha256=digest, message=session.message)
             final = await self._settle(session, close)
             if not isinstance(final, CancelledByClient):

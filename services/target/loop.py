@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from countersign.services.engine.errors import EngineError
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
+from countersign.services.runtime.background import Background
 from countersign.services.target.batch import plan
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
@@ -69,7 +70,7 @@ class TargetLoop:
         self._running: dict[str, Running] = {}
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="target")
-        self._background: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     @property
     def sessions(self) -> int:
@@ -110,10 +111,11 @@ class TargetLoop:
 
     async def close(self) -> None:
         """Stop the model's thread and every task."""
-        tasks = [r.task for r in self._running.values() if r.task is not None] + list(self._background)
+        tasks = [running.task for running in self._running.values() if running.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._background.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self._prefixes is not None:
             await self._prefixes.close()
@@ -168,7 +170,7 @@ class TargetLoop:
             self._waiting.popleft()
             if self._prefixes is not None:
                 session.loading = True
-                self._spawn(self._load_prefix(self._prefixes, session))
+                self._background.spawn(self._load_prefix(self._prefixes, session))
             self._enter(session, committer)
 
     def _enter(self, session: Session, committer: Committer) -> None:
@@ -198,11 +200,11 @@ class TargetLoop:
         """Forget what is done: its blocks go to the store, its pages back, its end to the draft."""
         over = [r.session for r in self._running.values() if r.session.done and not r.session.loading]
         for session in over:
-            del self._running[session.request_id]
             await self._store_blocks(session)
             await self._in_thread(session.sequence.close)
+            del self._running[session.request_id]
             if session.drafts:
-                self._spawn(self._drafts.forget(session.request_id))
+                self._background.spawn(self._drafts.forget(session.request_id))
 
     async def _store_blocks(self, session: Session) -> None:
         """Offer the full blocks of committed tokens that did not come from the store."""
@@ -214,7 +216,7 @@ class TargetLoop:
             return
         blocks = await self._in_thread(lambda: [session.sequence.export_block(index) for index in range(first, full)])
         keys = self._prefixes.keys(session.opened.tenant, session.tokens[: full * PAGE_TOKENS])
-        self._spawn(self._prefixes.store(session.request_id, keys, blocks[: len(keys) - first], first))
+        self._background.spawn(self._prefixes.store(session.request_id, keys, blocks[: len(keys) - first], first))
 
     async def _sleep(self) -> None:
         """Until something changes or the nearest deadline passes."""
@@ -228,11 +230,6 @@ class TargetLoop:
 
     async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-
-    def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
 
 def _rounded(session: Session) -> int:

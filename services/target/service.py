@@ -19,7 +19,8 @@ from countersign.services.protocol.errors import LogError, NotOwner
 from countersign.services.protocol.events import CancelledByClient
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.protocol.writer import Writer
-from countersign.services.runtime.errors import DataLoss, FailedPrecondition, ResourceExhausted, Unavailable, refused
+from countersign.services.runtime.clock import wall_ms
+from countersign.services.runtime.errors import DataLoss, FailedPrecondition, ResourceExhausted, Unavailable, translated
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.service import Call, Context
 from countersign.services.target.committer import Committer
@@ -125,11 +126,9 @@ class TargetService:
         writer = session.writer
         entries = await self._journal.read(commit_subject(session.request_id), after=writer.log.sequence)
         if writer.in_flight is not None:
-            return  # that append will be refused, and find out by itself
-        try:
+            return  # that append will be translated, and find out by itself
+        with translated(LogError, DataLoss, about=f"the log of request {session.request_id} is damaged"):
             writer.tail(entries)
-        except LogError as error:
-            raise DataLoss(f"the log of request {session.request_id} is damaged: {error}") from error
         if isinstance(writer.stop, CancelledByClient):
             session.cancel()
         if writer.stop is not None:
@@ -137,13 +136,10 @@ class TargetService:
 
     async def _take_over(self, request: StartRequest) -> Writer:
         entries = await self._journal.read(commit_subject(request.request_id))
-        try:
+        with translated(LogError, DataLoss, about=f"the log of request {request.request_id} is damaged"):
             log = replay(request.request_id, entries)
+        with translated(NotOwner, FailedPrecondition, about=f"request {request.request_id}", reason="NOT_OWNER"):
             return Writer(log, epoch=request.epoch, instance=self._instance)
-        except NotOwner as error:
-            raise FailedPrecondition(f"request {request.request_id}: {error}", reason="NOT_OWNER") from error
-        except LogError as error:
-            raise DataLoss(f"the log of request {request.request_id} is damaged: {error}") from error
 
     def _opened(self, writer: Writer) -> Opened:
         opened = writer.log.opened
@@ -174,7 +170,7 @@ class TargetService:
             ),
             stopper=stopper,
             tokens=prompt + committed,
-            started_unix_ms=_wall_ms(),
+            started_unix_ms=wall_ms(),
         )
         # An earlier epoch may have committed the last token and died before it closed the log.
         _, reason = stopper.take(committed)
@@ -194,10 +190,14 @@ async def create(context: Context) -> TargetService:
 
     config = context.config.target
     torch.set_num_threads(config.threads)
-    with refused(CheckpointError, reason="BAD_CHECKPOINT", help="set target.model to a Hugging Face folder"):
+    with translated(
+        CheckpointError, FailedPrecondition, reason="BAD_CHECKPOINT", help="set target.model to a Hugging Face folder"
+    ):
         model, tokenizer = load_model(config.model, dtype=config.dtype), Tokenizer(config.model)
     cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
-    with refused(KeyFileError, reason="BAD_KEY_FILE", help="mend the file, or remove it for a new key"):
+    with translated(
+        KeyFileError, FailedPrecondition, reason="BAD_KEY_FILE", help="mend the file, or remove it for a new key"
+    ):
         key = load_or_create_signing_key(context.config.data_dir / "keys" / "receipts.key")
         write_public(context.config.data_dir / "keys" / "receipts.pub", key.public_key())
     info = ModelInfo(
@@ -227,10 +227,10 @@ async def create(context: Context) -> TargetService:
         capacity_tokens=config.cache_tokens,
         max_sequences=config.max_sequences,
         chunk=config.prefill_chunk,
-        wall_ms=_wall_ms,
+        wall_ms=wall_ms,
         log=context.log,
     )
-    committer = Committer(context.journal, ReceiptMaker(key, info, build), _wall_ms, loop.wake, context.log)
+    committer = Committer(context.journal, ReceiptMaker(key, info, build), wall_ms, loop.wake, context.log)
     return TargetService(
         context.instance,
         info,
@@ -242,7 +242,3 @@ async def create(context: Context) -> TargetService:
         committer,
         queue=config.max_sequences * QUEUE_FACTOR,
     )
-
-
-def _wall_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -10,7 +10,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from countersign.services.engine.errors import CheckpointError
 from countersign.services.engine.text import Tokenizer
-from countersign.services.runtime.errors import InvalidArgument, refused
+from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument, translated
 from countersign.services.runtime.service import Call, Context
 from countersign.v1 import tokenizer_pb2
 from countersign.v1.registry_pb2 import Instance
@@ -101,5 +101,10 @@ async def _run(size: int, function: Callable[_P, _R], *args: _P.args, **kwargs: 
 
 async def create(context: Context) -> TokenizerService:
     """Load the tokenizer of ``tokenizer.model``; raises FailedPrecondition(BAD_CHECKPOINT) when it has none."""
-    with refused(CheckpointError, reason="BAD_CHECKPOINT", help="set tokenizer.model to a Hugging Face folder"):
+    with translated(
+        CheckpointError,
+        FailedPrecondition,
+        reason="BAD_CHECKPOINT",
+        help="set tokenizer.model to a Hugging Face folder",
+    ):
         return TokenizerService(await asyncio.to_thread(Tokenizer, context.config.tokenizer.model))

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from countersign.cli.up import printer
+from countersign.cli.up import HINT, printer
 from countersign.services.runtime.keeper import Ended, Healthy
 from countersign.services.runtime.nats_server import NatsServer
 from countersign.services.runtime.stack import DataFolderLock
@@ -48,7 +48,7 @@ def survivors(folder: Path) -> list[list[str]]:
 
 def test_one_line_a_service_and_the_routers_last_with_what_to_try() -> None:
     lines: list[str] = []
-    show = printer(lines.append)
+    show = printer(lines.append, HINT)
     show(Healthy("nats", "nats://127.0.0.1:41235"))
     show(Healthy("router", "127.0.0.1:7411"))
     show(Healthy("tokenizer", "127.0.0.1:40311"))

@@ -241,6 +241,27 @@ async def test_a_cancel_between_receipt_and_closed_wins_and_the_receipt_says_so(
         assert parse(last.data).receipt.output.finish_reason == "cancelled"
 
 
+async def test_a_cancel_that_is_learned_while_the_receipt_is_on_its_way_closes_the_log_as_cancelled(
+    model: Model,
+) -> None:
+    async with house(model) as here:
+        session = await here.add("r", max_tokens=3)
+
+        def cancel_and_refresh() -> None:
+            here.journal.on_receipt = lambda: None
+            log = here.journal.log("r")
+            record = Record(log.sequence + 1, encode("r", log.digest, Cancelled(cause="just in time")))
+            here.journal.subjects[commit_subject("r")].append(record)
+            session.writer.tail([record])
+
+        here.journal.on_receipt = cancel_and_refresh
+        await here.idle()
+        log = here.journal.log("r")
+        assert log.closed is not None
+        assert log.closed.reason == FinishReason.FINISH_REASON_CANCELLED
+        assert receipt_digest(here.journal.subjects[receipt_subject("r")][-1].data) == log.closed.receipt_sha256
+
+
 @pytest.mark.parametrize("max_tokens", [10, 11, 12, 26, 27, 28])
 async def test_only_blocks_of_committed_tokens_are_offered_to_the_store(model: Model, max_tokens: int) -> None:
     async with house(model) as here:

@@ -20,11 +20,12 @@ from rich.console import Console
 
 from countersign.cli.prompts import Prompt, heldout_prompts
 from countersign.cli.render import AnswerPrinter
+from countersign.cli.up import printer
 from countersign.client import Accepted, Client, Finished, Tokens
 from countersign.services.runtime.config import Config, load
 from countersign.services.runtime.errors import CountersignError, Internal
 from countersign.services.runtime.rpc import Channel
-from countersign.services.runtime.supervisor import Complete, Event, Supervisor
+from countersign.services.runtime.supervisor import Supervisor
 from countersign.v1.auditor_pb2 import AuditOutcome, AuditRequest, AuditResponse
 
 PROMPTS = 5
@@ -100,7 +101,7 @@ async def _run(console: Console, overrides: Sequence[str]) -> Summary:
         config = load(None, os.environ, [*own, *overrides])
         prompts = heldout_prompts(config.target.model.parent, PROMPTS)
         console.rule("six services and nats-server start, each a process")
-        supervisor = Supervisor(config, on_event=lambda event: _started(console, event))
+        supervisor = Supervisor(config, on_event=printer(console.print))
         async with supervisor as stack, Client(stack.router_address) as client:
             runs = [await _complete(console, client, p, t) for p, t in zip(prompts, TEMPERATURES, strict=True)]
             audited = await _audit(console, stack.address("auditor"), runs)
@@ -122,13 +123,6 @@ async def _run(console: Console, overrides: Sequence[str]) -> Summary:
         drafting_off_identical=identical,
         seconds=round(seconds, 1),
     )
-
-
-def _started(console: Console, event: Event) -> None:
-    if isinstance(event, Complete):
-        console.print(f"all healthy after {event.after_s:.1f} s")
-    else:
-        console.print(f"  {event}" if not hasattr(event, "address") else f"  {event.name:<10} {event.address}")
 
 
 async def _complete(console: Console, client: Client, prompt: Prompt, temperature: float) -> Run:

@@ -49,7 +49,7 @@ def heldout_prompts(models: Path, count: int) -> list[Prompt]:
 
 
 def _of_file(path: Path, name: str) -> list[Prompt]:
-    """A prompt for each function: the lines before it, its ``def`` line, and the indentation of the next."""
+    """A prompt for each function whose head is one line: the ``LINES_BEFORE`` lines before it, and that line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     prompts = []
     for number, line in enumerate(lines):

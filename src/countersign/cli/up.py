@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _NAME_WIDTH = 10
 _ADDRESS_WIDTH = 22
+HINT = '; try: countersign generate "def quicksort("'
 
 
 def up(
@@ -41,11 +42,11 @@ async def _run(file: Path | None, overrides: list[str]) -> None:
     from countersign.services.runtime.config import load
     from countersign.services.runtime.supervisor import Supervisor
 
-    await Supervisor(load(file, os.environ, overrides), on_event=printer(_print)).run()
+    await Supervisor(load(file, os.environ, overrides), on_event=printer(_print, HINT)).run()
 
 
-def printer(write: Callable[[str], None]) -> Callable[[Event], None]:
-    """Turns events of a supervisor into lines; the router's first line waits until all is healthy."""
+def printer(write: Callable[[str], None], hint: str = "") -> Callable[[Event], None]:
+    """Turns events of a supervisor into lines; the router's first comes when all is healthy, and ends with ``hint``."""
     from countersign.services.runtime.keeper import Ended
     from countersign.services.runtime.supervisor import ROUTER, Complete
 
@@ -55,8 +56,8 @@ def printer(write: Callable[[str], None]) -> Callable[[Event], None]:
         nonlocal complete
         if isinstance(event, Complete):
             complete = True
-            hint = f'ready in {event.after_s:.1f} s; try: countersign generate "def quicksort("'
-            write(f"{ROUTER:<{_NAME_WIDTH}} {event.router:<{_ADDRESS_WIDTH}} {hint}")
+            ready = f"ready in {event.after_s:.1f} s{hint}"
+            write(f"{ROUTER:<{_NAME_WIDTH}} {event.router:<{_ADDRESS_WIDTH}} {ready}")
         elif isinstance(event, Ended):
             what = f"ended with code {event.code}, starts again in {event.restart_in_s:.1f} s; log: {event.log}"
             write(f"{event.name:<{_NAME_WIDTH}} {what}")
