@@ -1,0 +1,289 @@
+"""The decoder as one native call a step: a program of operations for :mod:`countersign.kernels.native`.
+
+Same computation as :mod:`eager`, other bits. Here each operation gives a row the same bits at any number of rows by
+the way it is computed, so that ``numerics`` has nothing to choose. ``bf16`` stores weights and cache in bf16 and
+computes in fp32; ``int8`` stores weights in int8, one scale an output, and the cache in bf16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from countersign.kernels.native import library as native
+from countersign.kernels.native.library import BufferStruct, Epilogue, OpKind, OpStruct, Packed, WeightKind
+from countersign.services.engine.config import Dtype, ModelConfig
+from countersign.services.engine.kv import PagedCache
+from countersign.services.engine.rope import RotaryTable
+from countersign.services.engine.step import Span
+from countersign.services.engine.weights import DecoderWeights, DenseMlp, LayerWeights, RoutedExperts
+
+_KINDS: dict[Dtype, WeightKind] = {"fp32": WeightKind.FP32, "bf16": WeightKind.BF16, "int8": WeightKind.INT8}
+# Hidden states, normed rows, qkv, attention's output, the MLP's inner rows, router logits, each choice's inner row and output, wanted
+# rows, logits.
+_HIDDEN, _NORMED, _QKV, _ATTENDED, _INNER, _ROUTED, _CHOSEN, _MIXED, _WANTED, _LOGITS = range(10)
+
+
+def supports(config: ModelConfig) -> str:
+    """Why these sizes cannot be computed natively; empty if they can."""
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "head_dim": config.head_dim,
+        "heads * head_dim": config.heads * config.head_dim,
+        "intermediate_size": config.intermediate_size,
+    }
+    if config.experts is not None:
+        sizes["moe intermediate_size"] = config.experts.intermediate_size
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % 16]
+    if odd:
+        return f"no multiple of 16: {', '.join(odd)}"
+    if config.head_dim > native.MAX_HEAD_DIM:
+        return f"head_dim {config.head_dim} is above {native.MAX_HEAD_DIM}"
+    return ""
+
+
+@dataclass(slots=True)
+class _Program:
+    """Operations as they are written, and what they point to."""
+
+    ops: list[OpStruct] = field(default_factory=list)
+    kept: list[object] = field(default_factory=list)
+    weight_bytes: int = 0
+
+    def add(self, kind: OpKind, layer: int, source: int, to: int, **fields: object) -> OpStruct:
+        op = OpStruct(kind=kind, layer=layer, input=source, output=to, **fields)
+        self.ops.append(op)
+        return op
+
+    def vector(self, values: Tensor | None) -> int | None:
+        """The address of a vector in fp32, which is kept."""
+        if values is None:
+            return None
+        kept = values.float().contiguous()
+        self.kept.append(kept)
+        self.weight_bytes += kept.nbytes
+        return int(kept.data_ptr())
+
+    def keep(self, packed: Packed) -> native.LinearStruct:
+        self.kept.append(packed)
+        self.weight_bytes += packed.bytes
+        return packed.struct()
+
+
+class NativeExecutor:
+    """A model's weights packed for this CPU. One step at a time."""
+
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, dtype: Dtype, library: native.Library, threads: int
+    ) -> None:
+        self._config, self._library, self._kind = config, library, _KINDS[dtype]
+        self._rotary = RotaryTable(config.rope, config.head_dim)
+        self.team = native.Team(library, threads)
+        self._program = _Program()
+        self._write(weights)
+        self._handle: int | None = None
+        self._pool: int | None = None
+        self._ops = (OpStruct * len(self._program.ops))(*self._program.ops)
+        self._rows = 0
+        self._buffers: list[Tensor] = []
+        self._structs = (BufferStruct * (_LOGITS + 1))()
+        self._logits = torch.empty(0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step of one row reads, all experts counted, the embedding's other rows not."""
+        return self._program.weight_bytes
+
+    def run(self, cache: PagedCache, spans: Sequence[Span]) -> Tensor:
+        """Writes the K and V of the spans' tokens into the slots that are reserved for them.
+
+        Returns:
+            (sum of ``span.logits``, vocabulary) fp32, spans in the order given. The memory is used again by the next
+            call.
+        """
+        return self._step(cache, spans, None)
+
+    def diagnose(self, cache: PagedCache, span: Span) -> int:
+        """The first layer whose output for one of these tokens is not finite, as many as there are layers if only the
+        logits are not.
+        """
+        bad = ctypes.c_int32(-1)
+        self._step(cache, [span], ctypes.addressof(bad))
+        return bad.value if 0 <= bad.value < self._config.layers else self._config.layers
+
+    def _step(self, cache: PagedCache, spans: Sequence[Span], bad_layer: int | None) -> Tensor:
+        counts = [len(span.token_ids) for span in spans]
+        first = np.array([0, *itertools.accumulate(counts)], dtype=np.int32)
+        rows = int(first[-1])
+        wanted = _wanted(spans, first)
+        token_ids = np.fromiter(itertools.chain.from_iterable(span.token_ids for span in spans), np.int32, rows)
+        base = np.array([span.sequence.length for span in spans], dtype=np.int32)
+        table = np.array([span.sequence.row for span in spans], dtype=np.int32)
+        parents, is_tree = _trees(spans, counts, rows)
+        cos, sin = self._rotary.table(int(base.max()) + max(counts))
+        self._fit(rows)
+        logits = self._fit_logits(len(wanted))
+        step = native.StepStruct(
+            rows,
+            len(wanted),
+            len(spans),
+            cache.tables.shape[1],
+            token_ids.ctypes.data,
+            None if parents is None else parents.ctypes.data,
+            None if is_tree is None else is_tree.ctypes.data,
+            first.ctypes.data,
+            base.ctypes.data,
+            table.ctypes.data,
+            cache.tables.ctypes.data,
+            wanted.ctypes.data,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cache.pool.data_ptr(),
+            self._structs,
+            bad_layer,
+        )
+        if self._library.program_run(self._bound(cache), ctypes.byref(step)):
+            raise MemoryError(f"no memory for a step of {rows} rows")
+        return logits
+
+    def _bound(self, cache: PagedCache) -> int:
+        """The program for this cache's layout."""
+        if self._handle is None or self._pool != cache.pool.data_ptr():
+            if self._handle is not None:
+                self._library.program_free(self._handle)
+            config = self._config
+            page, layer, half, head, _ = cache.pool.stride()
+            shape = native.ShapeStruct(
+                config.heads,
+                config.kv_heads,
+                config.head_dim,
+                config.sliding_window or 0,
+                cache.pool.dtype is torch.bfloat16,
+                len(self._structs),
+                len(self._ops),
+                config.experts.per_token if config.experts is not None else 0,
+                config.experts.count if config.experts is not None else 0,
+                config.rms_eps,
+                config.head_dim**-0.5,
+                page,
+                layer,
+                half,
+                head,
+            )
+            self._handle = self._library.program_new(ctypes.byref(shape), self._ops, self.team.handle)
+            self._pool = cache.pool.data_ptr()
+        return self._handle
+
+    def _fit(self, rows: int) -> None:
+        """Buffers for so many rows."""
+        if rows <= self._rows:
+            return
+        config = self._config
+        self._rows = max(rows + rows // 2, 16)
+        experts = config.experts
+        # Rows of the choices stand one after another, `per_token` a token.
+        choices, count, inner = (experts.per_token, experts.count, experts.intermediate_size) if experts else (0, 0, 0)
+        sizes = (
+            (1, config.hidden_size),
+            (1, config.hidden_size),
+            (1, (config.heads + 2 * config.kv_heads) * config.head_dim),
+            (1, config.heads * config.head_dim),
+            (1, config.intermediate_size),
+            (1, count),
+            (choices, inner),
+            (choices, config.hidden_size),
+            (1, config.hidden_size),
+        )
+        self._buffers = [torch.zeros(self._rows * each * width) for each, width in sizes]
+        for index, (buffer, (_, width)) in enumerate(zip(self._buffers, sizes, strict=True)):
+            self._structs[index] = BufferStruct(buffer.data_ptr(), width)
+
+    def _fit_logits(self, wanted: int) -> Tensor:
+        vocabulary = self._config.vocabulary_size
+        if self._logits.numel() < wanted * vocabulary:
+            self._logits = torch.empty(max(wanted, 16) * vocabulary)
+            self._structs[_LOGITS] = BufferStruct(self._logits.data_ptr(), vocabulary)
+        return self._logits[: wanted * vocabulary].view(wanted, vocabulary)
+
+    def _write(self, weights: DecoderWeights) -> None:
+        """The operations of a forward pass."""
+        program, config = self._program, self._config
+        hidden = config.hidden_size
+        embedding = weights.embedding
+        if self._kind is not WeightKind.FP32 and embedding.dtype is torch.bfloat16:
+            table, kind = embedding.contiguous(), WeightKind.BF16
+        else:
+            table, kind = embedding.float().contiguous(), WeightKind.FP32
+        program.kept.append(table)
+        rows = native.LinearStruct(packed=table.data_ptr(), kind=kind, outputs=config.vocabulary_size, inputs=hidden)
+        program.add(OpKind.EMBED, 0, _HIDDEN, _HIDDEN, linear=rows, size=hidden)
+        for index, layer in enumerate(weights.layers):
+            self._write_layer(index, layer)
+        last, take = config.layers, {"wanted_rows": 1}
+        program.add(OpKind.TAKE, last, _HIDDEN, _WANTED, weight=program.vector(weights.norm), size=hidden, **take)
+        program.add(OpKind.LINEAR, last, _WANTED, _LOGITS, linear=self._packed(weights.head), **take)
+
+    def _write_layer(self, index: int, layer: LayerWeights) -> None:
+        program, hidden = self._program, self._config.hidden_size
+        norm, mlp_norm = program.vector(layer.attention_norm), program.vector(layer.mlp_norm)
+        q_norm, k_norm = program.vector(layer.q_norm), program.vector(layer.k_norm)
+        program.add(OpKind.NORM, index, _HIDDEN, _NORMED, weight=norm, size=hidden)
+        program.add(OpKind.LINEAR, index, _NORMED, _QKV, linear=self._packed(layer.qkv, bias=layer.qkv_bias))
+        program.add(OpKind.ROTATE, index, _QKV, _QKV, weight=q_norm, key_weight=k_norm)
+        program.add(OpKind.ATTEND, index, _QKV, _ATTENDED)
+        output = self._packed(layer.output)
+        program.add(OpKind.LINEAR, index, _ATTENDED, _HIDDEN, linear=output, epilogue=Epilogue.ADD)
+        program.add(OpKind.NORM, index, _HIDDEN, _NORMED, weight=mlp_norm, size=hidden)
+        if isinstance(layer.mlp, DenseMlp):
+            gate_up = self._packed(layer.mlp.gate_up, gate_up=True)
+            program.add(OpKind.LINEAR, index, _NORMED, _INNER, linear=gate_up, epilogue=Epilogue.SWIGLU)
+            down = self._packed(layer.mlp.down)
+            program.add(OpKind.LINEAR, index, _INNER, _HIDDEN, linear=down, epilogue=Epilogue.ADD)
+        else:
+            self._write_experts(index, layer.mlp)
+
+    def _write_experts(self, index: int, mlp: RoutedExperts) -> None:
+        program, count = self._program, len(mlp.router)
+        router = program.keep(native.pack(self._library, mlp.router, WeightKind.FP32))
+        program.add(OpKind.LINEAR, index, _NORMED, _ROUTED, linear=router)
+        sizes = {"expert_count": count, "per_token": mlp.per_token, "size": self._config.hidden_size}
+        program.add(OpKind.ROUTE, index, _ROUTED, _ROUTED, normalised=mlp.normalised, **sizes)
+        up = (native.LinearStruct * count)(*(self._packed(weight, gate_up=True) for weight in mlp.gate_up))
+        down = (native.LinearStruct * count)(*(self._packed(weight) for weight in mlp.down))
+        program.kept += [up, down]
+        program.add(OpKind.EXPERTS_UP, index, _NORMED, _CHOSEN, experts=up, epilogue=Epilogue.SWIGLU, **sizes)
+        program.add(OpKind.EXPERTS_DOWN, index, _CHOSEN, _MIXED, experts=down, **sizes)
+        program.add(OpKind.COMBINE, index, _MIXED, _HIDDEN, **sizes)
+
+    def _packed(self, weight: Tensor, *, bias: Tensor | None = None, gate_up: bool = False) -> native.LinearStruct:
+        return self._program.keep(native.pack(self._library, weight, self._kind, bias=bias, gate_up=gate_up))
+
+
+def _wanted(spans: Sequence[Span], first: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The rows whose logits are wanted."""
+    ends = first[1:].tolist()
+    rows = [range(end - span.logits, end) for span, end in zip(spans, ends, strict=True)]
+    return np.fromiter(itertools.chain.from_iterable(rows), np.int32)
+
+
+def _trees(
+    spans: Sequence[Span], counts: Sequence[int], rows: int
+) -> tuple[NDArray[np.int32] | None, NDArray[np.uint8] | None]:
+    """Parents by row and which spans are trees; a chain that was written as a tree is one no more."""
+    if all(span.parents is None for span in spans):
+        return None, None
+    parents, is_tree = np.zeros(rows, dtype=np.int32), np.zeros(len(spans), dtype=np.uint8)
+    row = 0
+    for index, (span, count) in enumerate(zip(spans, counts, strict=True)):
+        if span.parents is not None and list(span.parents) != list(range(-1, count - 1)):
+            parents[row : row + count] = span.parents
+            is_tree[index] = 1
+        row += count
+    return parents, is_tree
