@@ -19,6 +19,7 @@ import enum
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 QUERY_TILE = 4
@@ -54,12 +55,12 @@ class Mask:
             window: sliding window in tokens, the row's own included; None for all.
             dtype: of the bias; that of the queries.
         """
-        key = torch.arange(keys)
+        key = torch.arange(keys, device=positions.device)
         position = positions[:, None, :, None]
         hidden = key > position
         if window is not None:
             hidden |= key <= position - window
-        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
         return Mask(bias, positions[:, None, :] < 0)
 
 
@@ -90,6 +91,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, path: P
     return out, lse.masked_fill(mask.empty, -torch.inf)
 
 
+def attend_fast(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float) -> Tensor:
+    """(B, Hq, T, D) by whatever torch thinks fastest here, any T and K. A row's bits may depend on both; rows that see
+    nothing are undefined.
+    """
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse) by the equation, in the precision of q, any T and K."""
     group = q.shape[1] // k.shape[1]
@@ -105,12 +115,12 @@ def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tu
 def _row_by_row(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     """Each row in a call whose shape depends only on the last key the row sees: slow, and invariant by making."""
     batch, heads, queries, _ = q.shape
-    out, lse = torch.zeros_like(q), torch.full((batch, heads, queries), -torch.inf)
+    out, lse = torch.zeros_like(q), torch.full((batch, heads, queries), -torch.inf, device=q.device)
     visible = (mask.bias[:, 0] > -torch.inf).long()
-    reach = (visible * torch.arange(1, k.shape[2] + 1)).amax(dim=-1)
+    reach = (visible * torch.arange(1, k.shape[2] + 1, device=q.device)).amax(dim=-1).tolist()
     for b in range(batch):
         for t in range(queries):
-            keys = padded_keys(int(reach[b, t]))
+            keys = padded_keys(reach[b][t])
             if keys:
                 row, part = (slice(b, b + 1), slice(None), slice(t, t + 1)), (slice(b, b + 1), slice(None), slice(keys))
                 bias = mask.bias[b : b + 1, :, t : t + 1, :keys].float()
@@ -119,9 +129,9 @@ def _row_by_row(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tu
     return out, lse
 
 
-def select_path(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Path:
-    """The fast path if this torch has it and it passes :func:`is_row_invariant` here, else row by row."""
-    present = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+def select_path(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> Path:
+    """The fast path if this torch and device have it and it passes :func:`is_row_invariant` here, else row by row."""
+    present = device == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
     if present and is_row_invariant(Path.FLASH_CPU, heads, kv_heads, head_dim, dtype):
         return Path.FLASH_CPU
     return Path.ROW_BY_ROW

@@ -1,7 +1,7 @@
 """The C code of this folder as Python sees it: the structures of ``library.h`` and the calls.
 
 Built with the package for x86-64 with AVX2 and with AVX-512 (``setup.py``); :func:`load` picks what the CPU runs. Both
-give the same bits. Elsewhere, or where no C compiler was at hand, there is no library and the engine computes with torch.
+give the same bits. Elsewhere, or where no C compiler was at hand, there is no library and the engine takes torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib.util
 import mmap
 import platform
 import weakref
-from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -121,7 +121,10 @@ class Library:
         self.program_run = _call(calls.program_run, c_int32, c_void_p, POINTER(StepStruct))
         self.pack = _call(calls.pack, None, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32)
         self.sample = _call(
-            calls.sample, None, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p
+            calls.sample, None, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p
+        )
+        self.draft = _call(
+            calls.draft, c_int32, c_void_p, POINTER(StepStruct), c_void_p, c_void_p, c_float, c_void_p, c_int32, c_void_p
         )
         self.exponentials = _call(calls.exponentials, None, c_void_p, c_void_p, c_int64)
 
@@ -148,7 +151,7 @@ class Team:
     """Threads that compute together; one call at a time."""
 
     def __init__(self, library: Library, threads: int) -> None:
-        self.threads = threads
+        self.library, self.threads = library, threads
         self.handle = library.team_new(threads)
         if not self.handle:
             raise MemoryError("no memory for a team of threads")

@@ -57,40 +57,48 @@ static int first_of(const float *z, int size, float value) {
     return NOT_FINITE;
 }
 
-struct best { double score; int token; };
+// `second`: the best score of another token, as far as it was looked for.
+struct best { double score, second; int token; };
 
-INLINE void offer(struct best *best, const struct sampling *s, const float *z, int token, uint64_t word) {
-    const double score = (double)z[token] + s->temperature * gumbel(word);
-    if (score > best->score || (score == best->score && token < best->token)) *best = (struct best){score, token};
+INLINE void offer_score(struct best *best, int token, double score) {
+    if (token == best->token) return;
+    if (score > best->score || (score == best->score && token < best->token))
+        *best = (struct best){score, best->score, token};
+    else if (score > best->second)
+        best->second = score;
 }
 
-// A token beats the best score B only if u < 1 - exp(-e^-g) < e^-g with g = (B - z) / T: nearly all fail that, and need
-// no logarithm. `slack` covers the rounding of this test to fp32.
-static int sample_all(const struct sampling *s, const float *z, int size, float most) {
+INLINE void offer(struct best *best, const struct sampling *s, const float *z, int token, uint64_t word) {
+    offer_score(best, token, (double)z[token] + s->temperature * gumbel(word));
+}
+
+// A token beats a score B only if u < 1 - exp(-e^-g) < e^-g with g = (B - z) / T: nearly all fail that, and need no
+// logarithm. `slack` covers the rounding of this test to fp32.
+static struct best sample_all(const struct sampling *s, const float *z, int size, float most, int seconds) {
+    struct best best = {-INFINITY, -INFINITY, NOT_FINITE};
     const int start = first_of(z, size, most);
-    struct best best = {-INFINITY, start};
     offer(&best, s, z, start, philox(s->seed, s->position, start));
     for (int first = 0; first < size; first += LANES) {
         const int count = size - first < LANES ? size - first : LANES;
-        const float bound = (float)best.score, inverse = (float)(1.0 / s->temperature);
+        const float bound = (float)(seconds ? best.second : best.score), inverse = (float)(1.0 / s->temperature);
         const float slack = (fabsf(bound) + fabsf(most)) * 1e-6f * inverse + 1e-3f;
         uint64_t words[LANES];
         int hopeful[LANES], any = 0;
         for (int l = 0; l < LANES; l++) words[l] = philox(s->seed, s->position, first + l);
         for (int l = 0; l < count; l++) {
             const float u = (float)(uint32_t)(words[l] >> 32) * 0x1p-32f;
-            hopeful[l] = u <= exponential((z[first + l] - bound) * inverse + slack) * 1.001f;
+            hopeful[l] = bound == -INFINITY || u <= exponential((z[first + l] - bound) * inverse + slack) * 1.001f;
         }
         for (int l = 0; l < count; l++) any |= hopeful[l];
         if (!any) continue;
         for (int l = 0; l < count; l++)
             if (hopeful[l] && z[first + l] > -INFINITY) offer(&best, s, z, first + l, words[l]);
     }
-    return best.token;
+    return best;
 }
 
 // The k largest, falling, ties to the lower ids; then the smallest prefix whose share reaches top_p.
-static int sample_top(const struct sampling *s, const float *z, int size) {
+static struct best sample_top(const struct sampling *s, const float *z, int size) {
     int ids[MAX_TOP_K] = {0}, count = 0;
     for (int i = 0; i < size; i++) {
         if (count == s->top_k && z[i] <= z[ids[count - 1]]) continue;
@@ -107,17 +115,28 @@ static int sample_top(const struct sampling *s, const float *z, int size) {
         while (kept < count - 1 && cumulative[kept] < s->top_p * sum) kept++;
         count = kept + 1;
     }
-    struct best best = {-INFINITY, ids[0]};
+    struct best best = {-INFINITY, -INFINITY, NOT_FINITE};
     for (int i = 0; i < count; i++) offer(&best, s, z, ids[i], philox(s->seed, s->position, ids[i]));
-    return best.token;
+    return best;
 }
 
-static int sample_row(const struct sampling *s, float *z, int size) {
+static struct best sample_greedily(const float *z, int size, float most, int seconds) {
+    struct best best = {most, -INFINITY, first_of(z, size, most)};
+    for (int i = 0; i < size && seconds; i++)
+        if (i != best.token && z[i] > best.second) best.second = z[i];
+    return best;
+}
+
+// `margin`: NULL, or where to write by how much the token's score leads the next one's.
+static int sample_row(const struct sampling *s, float *z, int size, float *margin) {
     if (s->allowed)
         for (int i = 0; i < size; i++) z[i] = s->allowed[i / 32] >> i % 32 & 1 ? z[i] : -INFINITY;
     const float most = largest(z, size);
     if (!isfinite(most)) return NOT_FINITE;
-    if (s->temperature == 0) return first_of(z, size, most);
-    if (s->top_k > 0 && s->top_k < size) return s->top_k <= MAX_TOP_K ? sample_top(s, z, size) : NOT_HERE;
-    return s->top_p < 1 ? NOT_HERE : sample_all(s, z, size, most);
+    const int top = s->top_k > 0 && s->top_k < size;
+    if (s->temperature > 0 && (top ? s->top_k > MAX_TOP_K : s->top_p < 1)) return NOT_HERE;
+    const struct best best = s->temperature == 0 ? sample_greedily(z, size, most, margin != NULL)
+        : top ? sample_top(s, z, size) : sample_all(s, z, size, most, margin != NULL);
+    if (margin) *margin = (float)(best.score - best.second);
+    return best.token;
 }

@@ -6,9 +6,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from countersign.services.engine.drafting import Ask as Continuation
+from countersign.services.engine.drafting import propose
 from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
 from countersign.services.engine.model import Model, Span
-from countersign.services.engine.sampling import Sampling, sample_rows
+from countersign.services.engine.sampling import Sampling
 
 PREFILL_ROWS = 256
 
@@ -35,9 +37,10 @@ class Held:
 class Proposer:
     """The draft's sequences, least recently asked first, over one paged cache."""
 
-    def __init__(self, model: Model, cache: PagedCache) -> None:
+    def __init__(self, model: Model, cache: PagedCache, margin: float = 0.0) -> None:
         self._model = model
         self._cache = cache
+        self._margin = margin
         self._held: OrderedDict[str, Held] = OrderedDict()
 
     @property
@@ -52,19 +55,19 @@ class Proposer:
             held.sequence.close()
 
     def propose(self, asks: Sequence[Ask]) -> list[tuple[int, ...] | int]:
-        """One result an ask: the proposed tokens, or (an int) how many tokens are held when ``base`` is beyond them.
-
-        A batch of one forward pass a proposed position. The noise is the target's own, at the absolute position of
-        each proposed token, so that a draft that agrees with the target's logits proposes its very samples.
-        """
+        """One result an ask: the proposed tokens, or (an int) how many tokens are held when ``base`` is beyond them."""
         results: list[tuple[int, ...] | int] = [self._reconcile(ask) for ask in asks]
-        live = [(i, ask) for i, ask in enumerate(asks) if not isinstance(results[i], int)]
-        drafted: dict[int, list[int]] = {i: [] for i, _ in live}
-        while live:
-            live = self._fitting([(i, ask) for i, ask in live if len(drafted[i]) < ask.count])
-            for (i, _), token in zip(live, self._next([ask for _, ask in live]), strict=True):
-                drafted[i].append(token)
-        return [tuple(drafted[i]) if i in drafted else result for i, result in enumerate(results)]
+        live = [(i, ask) for i, ask in enumerate(asks) if ask.count and not isinstance(results[i], int)]
+        fitting = self._fitting(live)
+        if not fitting:
+            return results
+        for _, ask in fitting:
+            self._prefill(self._held[ask.request_id])
+        drafted = propose(self._model, self._cache, [self._continuation(ask) for _, ask in fitting], self._margin)
+        for (i, ask), tokens in zip(fitting, drafted, strict=True):
+            results[i] = tuple(tokens)
+            self._held[ask.request_id].tokens += tokens
+        return results
 
     def _reconcile(self, ask: Ask) -> tuple[int, ...] | int:
         """Make the held tokens those asked for, keeping the KV of the part that agrees."""
@@ -85,24 +88,15 @@ class Proposer:
         held.tokens = tokens
         return ()
 
-    def _next(self, asks: Sequence[Ask]) -> list[int]:
-        """Feed what is not in the cache yet and draw one token for each."""
-        if not asks:
-            return []
-        rows = []
-        spans = []
-        for ask in asks:
-            held = self._held[ask.request_id]
-            while len(held.tokens) - held.sequence.length > PREFILL_ROWS:
-                start = held.sequence.length
-                self._model.forward(self._cache, [Span(held.sequence, held.tokens[start : start + PREFILL_ROWS], 0)])
-            spans.append(Span(held.sequence, held.tokens[held.sequence.length :], 1))
-            rows.append((len(held.tokens), ask.sampling))
-        logits = self._model.forward(self._cache, spans)
-        tokens = sample_rows(logits, [position for position, _ in rows], [sampling for _, sampling in rows])
-        for ask, token in zip(asks, tokens, strict=True):
-            self._held[ask.request_id].tokens.append(token)
-        return list(tokens)
+    def _prefill(self, held: Held) -> None:
+        """Feed what is not in the cache yet, but for the last tokens."""
+        while len(held.tokens) - held.sequence.length > PREFILL_ROWS:
+            start = held.sequence.length
+            self._model.forward(self._cache, [Span(held.sequence, held.tokens[start : start + PREFILL_ROWS], 0)])
+
+    def _continuation(self, ask: Ask) -> Continuation:
+        held = self._held[ask.request_id]
+        return Continuation(held.sequence, held.tokens[held.sequence.length :], ask.sampling, ask.count)
 
     def _fitting(self, live: list[tuple[int, Ask]]) -> list[tuple[int, Ask]]:
         """Those whose next tokens fit the cache, after dropping the sequences asked for longest ago."""
@@ -111,7 +105,7 @@ class Proposer:
         need = 0
         for i, ask in live:
             held = self._held[ask.request_id]
-            need += len(held.tokens) - held.sequence.length + PAGE_TOKENS
+            need += len(held.tokens) - held.sequence.length + ask.count + PAGE_TOKENS
             while self._cache.free_tokens < need:
                 stale = next((name for name in self._held if name not in asked), None)
                 if stale is None:

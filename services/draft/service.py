@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from google.protobuf.descriptor import ServiceDescriptor
 
 from countersign.services.draft.proposer import Ask, Proposer
-from countersign.services.engine.errors import CheckpointError
+from countersign.services.engine.errors import CheckpointError, EngineError
 from countersign.services.engine.sampling import Sampling
 from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument, translated
 from countersign.services.runtime.service import Call, Context
@@ -84,7 +84,11 @@ class DraftService:
 
 
 async def create(context: Context) -> DraftService:
-    """Load the model of ``draft.model``; raises FailedPrecondition(BAD_CHECKPOINT) when it is not understood."""
+    """Load the model of ``draft.model``.
+
+    Raises FailedPrecondition when the folder is not understood (BAD_CHECKPOINT) or cannot be computed here
+    (BAD_CONFIGURATION).
+    """
     import torch
 
     from countersign.services.engine.kv import PagedCache
@@ -92,9 +96,11 @@ async def create(context: Context) -> DraftService:
 
     config = context.config.draft
     torch.set_num_threads(config.threads)
-    with translated(
-        CheckpointError, FailedPrecondition, reason="BAD_CHECKPOINT", help="set draft.model to a Hugging Face folder"
+    unfit, bad = "change draft.dtype or draft.model", "set draft.model to a Hugging Face folder"
+    with (
+        translated(EngineError, FailedPrecondition, reason="BAD_CONFIGURATION", help=unfit),
+        translated(CheckpointError, FailedPrecondition, reason="BAD_CHECKPOINT", help=bad),
     ):
-        model = load_model(config.model, dtype=config.dtype)
+        model = load_model(config.model, dtype=config.dtype, threads=config.threads)
     cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
-    return DraftService(Proposer(model, cache), model.config.vocabulary_size)
+    return DraftService(Proposer(model, cache, config.margin), model.config.vocabulary_size)

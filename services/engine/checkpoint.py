@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from countersign.services.engine.config import ModelConfig
+from countersign.services.engine.config import Experts, ModelConfig
 from countersign.services.engine.errors import CheckpointError
 
 _SINGLE = "model.safetensors"
@@ -83,32 +83,67 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is no whole safetensors file: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What a family calls a routed layer's weights, after the layer's prefix; {} stands for the expert's index."""
+
+    router: str
+    gate: str
+    up: str
+    down: str
+
+
+def expert_names(family: str) -> ExpertNames:
+    """The names in a checkpoint of this family."""
+    if family == "mixtral":
+        block, parts = "block_sparse_moe", ("w1", "w3", "w2")
+    else:
+        block, parts = "mlp", ("gate_proj", "up_proj", "down_proj")
+    return ExpertNames(f"{block}.gate.weight", *(f"{block}.experts.{{}}.{part}.weight" for part in parts))
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that a model of this configuration has."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocabulary_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
+    }
+    attention = _attention_shapes(config)
+    for i in range(config.layers):
+        layer = attention | _mlp_shapes(config, config.experts_of(i))
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes if config.tied else shapes | {"lm_head.weight": (config.vocabulary_size, config.hidden_size)}
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden = config.hidden_size
     query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    layer: dict[str, tuple[int, ...]] = {
+    shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "self_attn.q_proj.weight": (query, hidden),
         "self_attn.k_proj.weight": (kv, hidden),
         "self_attn.v_proj.weight": (kv, hidden),
         "self_attn.o_proj.weight": (hidden, query),
         "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
     }
     if config.qkv_bias:
-        layer |= {f"self_attn.{part}_proj.bias": (size,) for part, size in (("q", query), ("k", kv), ("v", kv))}
+        shapes |= {f"self_attn.{part}_proj.bias": (size,) for part, size in (("q", query), ("k", kv), ("v", kv))}
     if config.qk_norm:
-        layer |= {f"self_attn.{part}_norm.weight": (config.head_dim,) for part in ("q", "k")}
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocabulary_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for i in range(config.layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes if config.tied else shapes | {"lm_head.weight": (config.vocabulary_size, hidden)}
+        shapes |= {f"self_attn.{part}_norm.weight": (config.head_dim,) for part in ("q", "k")}
+    return shapes
+
+
+def _mlp_shapes(config: ModelConfig, experts: Experts | None) -> dict[str, tuple[int, ...]]:
+    hidden = config.hidden_size
+    if experts is None:
+        into, out = (config.intermediate_size, hidden), (hidden, config.intermediate_size)
+        return {"mlp.gate_proj.weight": into, "mlp.up_proj.weight": into, "mlp.down_proj.weight": out}
+    names = expert_names(config.family)
+    shapes: dict[str, tuple[int, ...]] = {names.router: (experts.count, hidden)}
+    for i in range(experts.count):
+        shapes |= {name.format(i): (experts.intermediate_size, hidden) for name in (names.gate, names.up)}
+        shapes[names.down.format(i)] = (hidden, experts.intermediate_size)
+    return shapes
 
 
 def check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +18,18 @@ import torch
 
 from countersign.services.engine.errors import CheckpointError
 
-Dtype = Literal["fp32", "bf16"]
-TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Dtype = Literal["fp32", "bf16", "int8"]
+Numerics = Literal["invariant", "fast"]
+# Of the KV cache, and of weights and activations where torch computes; int8 is of weights only.
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 # Training, bookkeeping, or defaults of a generation that this engine takes from the request.
@@ -35,6 +40,7 @@ _NO_EFFECT = frozenset({
     "output_scores", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder",
     "max_window_layers", "do_sample", "temperature", "top_k", "top_p", "min_length", "max_length",
     "tokenizer_class", "finetuning_task", "task_specific_params", "torchscript",
+    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
 })  # fmt: skip
 
 _READ = frozenset({
@@ -42,6 +48,27 @@ _READ = frozenset({
     "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps", "tie_word_embeddings", "eos_token_id",
     "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
 })  # fmt: skip
+
+_READ_OF_FAMILY: dict[str, frozenset[str]] = {
+    "mixtral": frozenset({"num_local_experts", "num_experts", "num_experts_per_tok"}),
+    "qwen3_moe": frozenset({
+        "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+        "decoder_sparse_step", "mlp_only_layers",
+    }),
+}  # fmt: skip
+
+_READ_OF_ROPE: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset({
+        "factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
+        "original_max_position_embeddings",
+    }),
+}  # fmt: skip
+
+# Their frequencies change as a sequence grows, while its cached keys stay rotated by the old ones.
+_ROPE_BY_LENGTH = frozenset({"dynamic", "longrope", "su"})
 
 # One value of each is supported.
 _FIXED: dict[str, Any] = {
@@ -54,15 +81,57 @@ _FIXED: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Positions divided by ``factor`` (position interpolation, Chen et al. 2023)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Low frequencies divided by ``factor`` (Llama 3.1's release)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """Frequencies of few turns in the original context divided by ``factor`` (YaRN, Peng et al. 2023, section 3).
+
+    Cosines and sines are multiplied by ``attention_factor``. ``truncate`` rounds the blend's ends to whole dimensions.
+    """
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+    original_context_length: int
+    truncate: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embedding. The factors are those of type ``llama3`` and 0 in type ``default``."""
+    """Rotary embedding."""
 
     theta: float
-    type: Literal["default", "llama3"] = "default"
-    factor: float = 0.0
-    low_freq_factor: float = 0.0
-    high_freq_factor: float = 0.0
-    original_context_length: int = 0
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in every layer but ``dense_layers``.
+
+    ``normalised``: the shares of the ``per_token`` experts chosen are divided by their sum.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalised: bool
+    dense_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +157,11 @@ class ModelConfig:
     sliding_window: int | None
     tied: bool
     end_token_ids: frozenset[int]
+    experts: Experts | None = None
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """The layer's experts; None where its MLP is dense."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
     @staticmethod
     def from_folder(folder: Path) -> ModelConfig:
@@ -137,8 +211,8 @@ class _Fields:
             raise self.refuse(name, "a number above 0")
         return float(value)
 
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name, False)
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        value = self.values.get(name, default)
         if not isinstance(value, bool):
             raise self.refuse(name, "true or false")
         return value
@@ -158,7 +232,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _understand(fields: _Fields, ends: frozenset[int]) -> ModelConfig:
     family = _family(fields)
-    _refuse_what_is_not_supported(fields)
+    _refuse_what_is_not_supported(fields, family)
     heads, hidden = fields.positive_int("num_attention_heads"), fields.positive_int("hidden_size")
     kv_heads = fields.positive_int("num_key_value_heads", default=heads if family == "llama" else None)
     if heads % kv_heads:
@@ -166,13 +240,14 @@ def _understand(fields: _Fields, ends: frozenset[int]) -> ModelConfig:
     head_dim = fields.positive_int("head_dim", default=None if family == "qwen3" or hidden % heads else hidden // heads)
     if head_dim % 2:
         raise fields.refuse("head_dim", "an even number")
-    vocabulary = fields.positive_int("vocab_size")
+    vocabulary, context = fields.positive_int("vocab_size"), fields.positive_int("max_position_embeddings")
+    rope = _rope(fields, family, context)
     if any(end >= vocabulary for end in ends):
         raise CheckpointError(f"{fields.file.parent}: an eos_token_id of {sorted(ends)} is outside the vocabulary")
     return ModelConfig(
         family=family,
         vocabulary_size=vocabulary,
-        context_length=fields.positive_int("max_position_embeddings"),
+        context_length=_context_length(context, rope),
         hidden_size=hidden,
         layers=fields.positive_int("num_hidden_layers"),
         heads=heads,
@@ -180,47 +255,75 @@ def _understand(fields: _Fields, ends: frozenset[int]) -> ModelConfig:
         head_dim=head_dim,
         intermediate_size=fields.positive_int("intermediate_size"),
         rms_eps=fields.positive_float("rms_norm_eps"),
-        rope=_rope(fields),
+        rope=rope,
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         sliding_window=_sliding_window(fields, family),
         tied=fields.flag("tie_word_embeddings"),
         end_token_ids=ends,
+        experts=_experts(fields, family),
     )
 
 
 def _family(fields: _Fields) -> str:
     family = fields.values.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise fields.refuse("model_type", ", ".join(FAMILIES))
     if fields.values.get("architectures") not in (None, [FAMILIES[family]]):
         raise fields.refuse("architectures", json.dumps([FAMILIES[family]]))
-    return str(family)
+    return family
 
 
-def _refuse_what_is_not_supported(fields: _Fields) -> None:
+def _refuse_what_is_not_supported(fields: _Fields, family: str) -> None:
+    known = _READ | _NO_EFFECT | _READ_OF_FAMILY.get(family, frozenset())
     for name, value in fields.values.items():
         if name in _FIXED:
             if value is not None and value != _FIXED[name]:
                 raise fields.refuse(name, json.dumps(_FIXED[name]))
         elif name == "layer_types":
-            _refuse_mixed_layers(fields)
-        elif name not in _READ | _NO_EFFECT and not name.startswith("_") and value not in (None, False):
+            _refuse_mixed_layers(fields, family)
+        elif name not in known and not name.startswith("_") and value not in (None, False):
             raise fields.refuse(name, "null or no such field, as its meaning is not known here")
 
 
-def _refuse_mixed_layers(fields: _Fields) -> None:
-    sliding = fields.values.get("model_type") == "mistral" and fields.values.get("sliding_window") is not None
-    kind = "sliding_attention" if sliding else "full_attention"
+def _refuse_mixed_layers(fields: _Fields, family: str) -> None:
+    kind = "full_attention" if _sliding_window(fields, family) is None else "sliding_attention"
     if fields.values["layer_types"] not in (None, [kind] * fields.positive_int("num_hidden_layers")):
         raise fields.refuse("layer_types", f"{kind} in every layer")
 
 
 def _sliding_window(fields: _Fields, family: str) -> int | None:
-    # Qwen's window is off unless use_sliding_window, which is refused above.
-    if family != "mistral" or fields.values.get("sliding_window", 0) is None:
+    # Qwen's window is off unless use_sliding_window, which is refused above; Mistral's default is a window of its own.
+    required = {"mistral": True, "mixtral": False}.get(family)
+    if required is None or fields.values.get("sliding_window", 0 if required else None) is None:
         return None
     return fields.positive_int("sliding_window")
+
+
+def _experts(fields: _Fields, family: str) -> Experts | None:
+    if family not in _READ_OF_FAMILY:
+        return None
+    count = fields.positive_int("num_experts" if "num_experts" in fields.values else "num_local_experts")
+    per_token = fields.positive_int("num_experts_per_tok")
+    if per_token > count:
+        raise fields.refuse("num_experts_per_tok", f"at most the number of experts ({count})")
+    if family == "mixtral":
+        return Experts(count, per_token, fields.positive_int("intermediate_size"), normalised=True)
+    return Experts(
+        count=count,
+        per_token=per_token,
+        intermediate_size=fields.positive_int("moe_intermediate_size"),
+        normalised=fields.flag("norm_topk_prob"),
+        dense_layers=_dense_layers(fields),
+    )
+
+
+def _dense_layers(fields: _Fields) -> tuple[int, ...]:
+    layers, step = fields.positive_int("num_hidden_layers"), fields.positive_int("decoder_sparse_step", default=1)
+    named = fields.values.get("mlp_only_layers") or []
+    if not isinstance(named, list) or any(isinstance(i, bool) or i not in range(layers) for i in named):
+        raise fields.refuse("mlp_only_layers", f"a list of layers below {layers}, or null")
+    return tuple(i for i in range(layers) if i in named or (i + 1) % step)
 
 
 def _end_token_ids(fields: _Fields) -> frozenset[int]:
@@ -231,22 +334,71 @@ def _end_token_ids(fields: _Fields) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _rope(fields: _Fields) -> Rope:
+def _rope(fields: _Fields, family: str, context: int) -> Rope:
     name = "rope_parameters" if fields.values.get("rope_parameters") is not None else "rope_scaling"
     values = fields.values.get(name) or {}
     if not isinstance(values, dict):
         raise fields.refuse(name, "an object or null")
     rope = _Fields(fields.file, {"rope_theta": fields.values.get("rope_theta"), **values})
-    theta = rope.positive_float("rope_theta", default=10_000.0)
+    theta = rope.positive_float("rope_theta", default=1e6 if family == "mixtral" else 1e4)
     kind = values.get("rope_type", values.get("type", "default"))
-    factors = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    known = {"rope_type", "type", "rope_theta"} | (factors if kind == "llama3" else set())
-    if kind not in ("default", "llama3") or set(values) - known:
-        raise fields.refuse(name, "rope_type default, or llama3 with " + ", ".join(sorted(factors)))
-    if kind == "default":
-        return Rope(theta)
+    supported = "rope_type " + ", ".join(_READ_OF_ROPE)
+    if not isinstance(kind, str):
+        raise fields.refuse(name, supported)
+    if kind in _ROPE_BY_LENGTH:
+        raise fields.refuse(
+            name, f"{supported}; type {kind} rotates by the sequence's length, which no KV cache can hold"
+        )
+    if kind not in _READ_OF_ROPE:
+        raise fields.refuse(name, supported)
+    if set(values) - _READ_OF_ROPE[kind] - {"rope_type", "type", "rope_theta"}:
+        raise fields.refuse(name, ", ".join(["rope_theta", *sorted(_READ_OF_ROPE[kind])]) + f" in type {kind}")
+    match kind:
+        case "linear":
+            return Rope(theta, LinearScaling(rope.positive_float("factor")))
+        case "llama3":
+            return Rope(theta, _llama3(fields, name, rope))
+        case "yarn":
+            return Rope(theta, _yarn(rope, theta, context))
+        case _:
+            return Rope(theta)
+
+
+def _llama3(fields: _Fields, name: str, rope: _Fields) -> Llama3Scaling:
     low, high = rope.positive_float("low_freq_factor"), rope.positive_float("high_freq_factor")
     if not low < high:
         raise fields.refuse(name, "a low_freq_factor below high_freq_factor")
-    original = rope.positive_int("original_max_position_embeddings")
-    return Rope(theta, "llama3", rope.positive_float("factor"), low, high, original)
+    return Llama3Scaling(
+        rope.positive_float("factor"), low, high, rope.positive_int("original_max_position_embeddings")
+    )
+
+
+def _yarn(rope: _Fields, theta: float, context: int) -> YarnScaling:
+    factor = rope.positive_float("factor")
+    fast, slow = rope.positive_float("beta_fast", default=32), rope.positive_float("beta_slow", default=1)
+    if slow > fast:
+        raise rope.refuse("beta_slow", f"at most beta_fast ({fast})")
+    if theta <= 1:
+        raise rope.refuse("rope_theta", "a number above 1 in type yarn")
+
+    def attention(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    derived = attention(1)
+    if rope.values.get("mscale") and rope.values.get("mscale_all_dim"):
+        derived = attention(rope.positive_float("mscale")) / attention(rope.positive_float("mscale_all_dim"))
+    return YarnScaling(
+        factor=factor,
+        beta_fast=fast,
+        beta_slow=slow,
+        attention_factor=rope.positive_float("attention_factor", default=derived),
+        original_context_length=rope.positive_int("original_max_position_embeddings", default=context),
+        truncate=rope.flag("truncate", default=True),
+    )
+
+
+def _context_length(context: int, rope: Rope) -> int:
+    """YaRN is added to configurations that go on naming the original length, as Qwen's model cards tell to do."""
+    if isinstance(rope.scaling, YarnScaling):
+        return max(context, int(rope.scaling.factor * rope.scaling.original_context_length))
+    return context

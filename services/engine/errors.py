@@ -7,6 +7,7 @@ EngineError
 ├── ContextExceeded     more tokens than the model's context holds
 ├── InvalidBlock        bytes that are no KV block of this cache, or a block that is not full
 ├── OutOfPages          the KV cache is full
+├── RequestTooLarge     more tokens than the whole KV cache ever holds
 └── NonFiniteLogits     the model answered NaN or infinity
 
 The engine knows no network: a service turns these into what it answers.
@@ -51,6 +52,17 @@ class OutOfPages(EngineError):
         super().__init__(f"the KV cache is full: {needed} pages of 16 tokens needed, {free} free")
         self.needed = needed
         self.free = free
+
+
+class RequestTooLarge(EngineError):
+    """A request whose KV could never fit the cache, not even alone; it was not taken."""
+
+    def __init__(self, tokens: int, fits: int) -> None:
+        super().__init__(
+            f"a request of {tokens} tokens, prompt and max_tokens, never fits the KV cache: at most {fits} tokens would"
+        )
+        self.tokens = tokens
+        self.fits = fits
 
 
 class NonFiniteLogits(EngineError):

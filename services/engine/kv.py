@@ -1,14 +1,25 @@
 """The paged KV cache: a pool of 16-token pages, shared by sequences that each hold a table of pages.
 
-Pool: (layers, 2, pages, 16, kv_heads, head_dim), K before V, keys after rotation. Page 0 belongs to nobody and stays
-zero: it pads short tables. A hidden key's value is multiplied by 0, which keeps NaN as NaN, so a page is zeroed when it
-changes hands and when its tail is truncated: one sequence's NaN never reaches another, nor a draft's what follows it.
+Pool: (pages, layers, 2, kv_heads, 16 * head_dim), so that a page is one contiguous block. For each page, layer and KV
+head the K part is (head_dim, 16), transposed and after rotation, the V part (16, head_dim). Page 0 belongs to nobody
+and stays zero: it pads short tables.
+
+Sequences share pages after a fork, and through the prefix index (publish, adopt), which finds full pages by keys that
+each name all tokens up to the page's end. A page that is shared or indexed is never written: ``reserve`` copies it
+first. An indexed page that no sequence holds stays cached until its room is needed.
+
+A hidden key's value is multiplied by 0, which keeps NaN as NaN, so a page is zeroed when it changes hands, and after
+``reserve`` every slot behind the reserved ones is zero: one sequence's NaN never reaches another, nor a rejected
+draft's what follows it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,33 +31,194 @@ from countersign.services.engine.errors import EngineError, InvalidBlock, Invali
 PAGE_TOKENS = 16
 
 
-class PagedCache:
-    """KV for at least ``tokens`` tokens of a model of this configuration."""
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Pages now (free, held by sequences, or cached: indexed and held by none) and counts since the start.
 
-    def __init__(self, config: ModelConfig, dtype: Dtype, tokens: int) -> None:
-        pages = 1 + pages_for(tokens)
-        shape = (config.layers, 2, pages, PAGE_TOKENS, config.kv_heads, config.head_dim)
-        self.dtype = TORCH_DTYPES[dtype]
-        # NumPy's zeros are mapped by the system on first touch, so that an idle cache costs no memory.
-        zeros = np.zeros(math.prod(shape) * self.dtype.itemsize, dtype=np.uint8)
-        self.pool: Tensor = torch.from_numpy(zeros).view(self.dtype).view(shape)
+    ``hits`` and ``misses`` count the pages that ``adopt`` was asked for, ``evictions`` cached pages given up for room.
+    """
+
+    free: int
+    used: int
+    cached: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+class PageAllocator:
+    """Who holds each page, which pages are indexed under what key, and which goes next. Knows no tensor.
+
+    Two sequences that share a page share all pages before it, so an indexed page has at least as many holders as its
+    child; and a sequence gives its pages back last first. Hence a child always becomes unreferenced before its parent:
+    the order of least recent use evicts children first by itself, and no indexed page outlives its parent.
+    """
+
+    def __init__(self, pages: int) -> None:
         self._free = list(range(pages - 1, 0, -1))
+        self._references = [0] * pages
+        self._index: dict[bytes, int] = {}
+        # Of each indexed page: its key, and the page before it in the chain, 0 for the first.
+        self._indexed: dict[int, tuple[bytes, int]] = {}
+        # Indexed pages that nobody holds, least recently used first.
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._hits = self._misses = self._evictions = 0
+
+    @property
+    def available(self) -> int:
+        """Pages that can be taken."""
+        return len(self._free) + len(self._cached)
+
+    def stats(self) -> CacheStats:
+        """Pages and counts as of now."""
+        used = len(self._references) - 1 - self.available
+        return CacheStats(len(self._free), used, len(self._cached), self._hits, self._misses, self._evictions)
+
+    def shared(self, page: int, leaving: int = 0) -> bool:
+        """Whether the page must not be written: it is indexed, or has two holders, ``leaving`` ones not counted."""
+        return self._references[page] - leaving > 1 or page in self._indexed
+
+    def take(self) -> int:
+        """A page for one sequence, the least recently used cached one if none is free; one must be available."""
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._cached.popitem(last=False)
+            key, _ = self._indexed.pop(page)
+            del self._index[key]
+            self._evictions += 1
+        self._references[page] = 1
+        return page
+
+    def retain(self, pages: Iterable[int]) -> None:
+        """One more sequence holds these."""
+        for page in pages:
+            if not self._references[page]:
+                del self._cached[page]
+            self._references[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One sequence less holds these; last first, for the order of eviction."""
+        for page in reversed(pages):
+            self._references[page] -= 1
+            if self._references[page]:
+                continue
+            if page in self._indexed:
+                self._cached[page] = None
+            else:
+                self._free.append(page)
+
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """The pages of the longest indexed chain under the first of these keys."""
+        pages: list[int] = []
+        for key in keys:
+            page = self._index.get(key)
+            if page is None or self._indexed[page][1] != (pages[-1] if pages else 0):
+                break
+            pages.append(page)
+        return pages
+
+    def adopt(self, keys: Sequence[bytes]) -> list[int]:
+        """``find``, counted and retained."""
+        pages = self.find(keys)
+        self._hits += len(pages)
+        self._misses += len(keys) - len(pages)
+        self.retain(pages)
+        return pages
+
+    def accepts(self, pages: Sequence[int], keys: Sequence[bytes]) -> bool:
+        """Whether a sequence's pages can be indexed under these keys: none of either is already, but as one chain."""
+        found = self.find(keys)
+        rest = set(keys[len(found) :])
+        if len(rest) < len(keys) - len(found) or rest & self._index.keys():
+            return False
+        known = dict(zip(pages, found, strict=False))
+        return all(page not in self._indexed or known.get(page) == page for page in pages)
+
+    def index(self, key: bytes, page: int, parent: int) -> None:
+        """From now on the page is found under the key, after its parent (0: first of its chain)."""
+        self._index[key] = page
+        self._indexed[page] = (key, parent)
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Raises:
+        EngineError: these are not the tables of those who hold pages, or the index or its order is wrong.
+        """
+        held: Counter[int] = Counter()
+        for pages in tables:
+            held.update(pages)
+            chain = [self._indexed[page][1] for page in pages if page in self._indexed]
+            if any(page not in self._indexed for page in pages[: len(chain)]) or chain != [0, *pages][: len(chain)]:
+                raise EngineError("a sequence holds an indexed page without those before it")
+        if sorted([*held, *self._free, *self._cached]) != list(range(1, len(self._references))):
+            raise EngineError("a page of the KV cache is lost, or both free and held")
+        if any(held[page] != count for page, count in enumerate(self._references)):
+            raise EngineError("a page of the KV cache has more or fewer references than holders")
+        if {page: key for key, page in self._index.items()} != {page: key for page, (key, _) in self._indexed.items()}:
+            raise EngineError("the prefix index and its pages differ")
+        age = {page: place for place, page in enumerate(self._cached)}
+        if not age.keys() <= self._indexed.keys():
+            raise EngineError("a page is cached that is not indexed")
+        for page, (_, parent) in self._indexed.items():
+            if parent and parent not in self._indexed:
+                raise EngineError(f"indexed page {page} has lost its parent {parent}")
+            if parent in age and not (page in age and age[page] < age[parent]):
+                raise EngineError(f"page {parent} would be evicted before its child {page}")
+
+
+class PagedCache:
+    """KV for at least ``tokens`` tokens of a model of this configuration.
+
+    ``tables``: int32 (rows, columns); row ``sequence.row`` holds ``sequence.pages``, then zeros. A larger array takes
+    its place when it is too small.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: Dtype, tokens: int, device: str = "cpu") -> None:
+        pages = 1 + pages_for(tokens)
+        shape = (pages, config.layers, 2, config.kv_heads, PAGE_TOKENS * config.head_dim)
+        self.dtype = TORCH_DTYPES[dtype]
+        if device == "cpu":
+            # NumPy's zeros are mapped by the system on first touch, so that an idle cache costs no memory.
+            zeros = np.zeros(math.prod(shape) * self.dtype.itemsize, dtype=np.uint8)
+            self.pool: Tensor = torch.from_numpy(zeros).view(self.dtype).view(shape)
+        else:
+            self.pool = torch.zeros(shape, dtype=self.dtype, device=device)
+        self._keys = self.pool[:, :, 0].view(*shape[:2], config.kv_heads, config.head_dim, PAGE_TOKENS)
+        self._values = self.pool[:, :, 1].view(*shape[:2], config.kv_heads, PAGE_TOKENS, config.head_dim)
+        self.tables = np.zeros((16, 64), dtype=np.int32)
+        self._free_rows = list(reversed(range(len(self.tables))))
         self._sequences: set[CachedSequence] = set()
+        self._allocator = PageAllocator(pages)
+
+    def keys(self, layer: int) -> Tensor:
+        """(pages, kv_heads, head_dim, 16), a view of the pool."""
+        return self._keys[:, layer]
+
+    def values(self, layer: int) -> Tensor:
+        """(pages, kv_heads, 16, head_dim), a view of the pool."""
+        return self._values[:, layer]
 
     @property
     def free_tokens(self) -> int:
-        """Tokens that the free pages hold."""
-        return len(self._free) * PAGE_TOKENS
+        """Tokens that fit the pages which no sequence holds, free or cached."""
+        return self._allocator.available * PAGE_TOKENS
 
     @property
     def block_bytes(self) -> int:
         """Size of one exported block."""
-        layers, kinds, _, *rest = self.pool.shape
-        return layers * kinds * math.prod(rest) * self.dtype.itemsize
+        return math.prod(self.pool.shape[1:]) * self.dtype.itemsize
+
+    def stats(self) -> CacheStats:
+        """Pages and counts as of now."""
+        return self._allocator.stats()
 
     def sequence(self) -> CachedSequence:
         """A new sequence of no tokens."""
-        sequence = CachedSequence(self)
+        if not self._free_rows:
+            rows = len(self.tables)
+            self.tables = np.pad(self.tables, ((0, rows), (0, 0)))
+            self._free_rows = list(reversed(range(rows, 2 * rows)))
+        sequence = CachedSequence(self, self._free_rows.pop())
         self._sequences.add(sequence)
         return sequence
 
@@ -55,53 +227,241 @@ class PagedCache:
         return sequence in self._sequences
 
     def reserve(self, lengths: Mapping[CachedSequence, int]) -> None:
-        """Gives each sequence the pages for so many tokens in all.
+        """Lets each sequence's slots be written, from its ``length`` on to so many tokens in all.
+
+        They then lie in pages that it holds alone and that are not indexed; the slots behind them are zero; they
+        themselves hold anything until they are written.
 
         Raises:
-            OutOfPages: there are too few; none was taken.
+            OutOfPages: there are too few, cached ones included; nothing changed.
+            InvalidSpan: a sequence is closed; nothing changed.
         """
-        missing = {sequence: pages_for(length) - len(sequence.pages) for sequence, length in lengths.items()}
-        needed = sum(count for count in missing.values() if count > 0)
-        if needed > len(self._free):
-            raise OutOfPages(needed, len(self._free))
-        taken: list[int] = []
-        for sequence, count in missing.items():
-            pages = [self._free.pop() for _ in range(count)]
-            sequence.pages.extend(pages)
-            taken.extend(pages)
-        if taken:
-            self.pool.index_fill_(2, torch.tensor(taken), 0)
+        rest = []
+        for sequence, length in lengths.items():
+            if sequence.written <= length <= sequence.capacity:
+                sequence.written = length
+            else:
+                rest.append((sequence, max(length, sequence.length)))
+        if not rest:
+            return
+        needed = self._needed(rest)
+        if needed > self._allocator.available:
+            raise OutOfPages(needed, self._allocator.available)
+        taken = [self._allocator.take() for _ in range(needed)]
+        for sequence, length in rest:
+            self._prepare(sequence, length, taken)
 
-    def release(self, pages: Iterable[int]) -> None:
-        """Takes pages back."""
-        self._free.extend(pages)
+    def _needed(self, lengths: Sequence[tuple[CachedSequence, int]]) -> int:
+        """Pages to take, copies included."""
+        needed = 0
+        copied: Counter[int] = Counter()
+        for sequence, length in lengths:
+            if not self.holds(sequence):
+                raise InvalidSpan("a closed sequence cannot grow")
+            needed += max(0, pages_for(length) - len(sequence.pages))
+            for page in sequence.tail:
+                if self._allocator.shared(page, copied[page]):
+                    copied[page] += 1
+                    needed += 1
+        return needed
 
-    def forget(self, sequence: CachedSequence) -> None:
-        """Takes all of a sequence's pages back and knows it no more."""
-        self._sequences.discard(sequence)
-        self.release(sequence.pages)
+    def _prepare(self, sequence: CachedSequence, length: int, taken: list[int]) -> None:
+        """Copies, zeroes and appends as ``reserve`` promises, with pages from ``taken``."""
+        for page in sequence.tail:
+            if self._allocator.shared(page):
+                copy = taken.pop()
+                self.pool[copy] = self.pool[page]
+                self._assign(sequence, sequence.length // PAGE_TOKENS, [copy])
+                self._allocator.release([page])
+        if length < sequence.written:
+            first = length // PAGE_TOKENS
+            for index, page in enumerate(sequence.pages[first : pages_for(sequence.written)]):
+                place = 0 if index else length % PAGE_TOKENS
+                self._keys[page, ..., place:].zero_()
+                self._values[page, ..., place:, :].zero_()
+        more = [taken.pop() for _ in range(pages_for(length) - len(sequence.pages))]
+        # A memset each; one index_fill_ for all takes more than twice as long.
+        for page in more:
+            self.pool[page].zero_()
+        self._assign(sequence, len(sequence.pages), more)
+        sequence.written, sequence.capacity = length, len(sequence.pages) * PAGE_TOKENS
+
+    def adopt(self, sequence: CachedSequence, keys: Sequence[bytes]) -> int:
+        """Gives an empty sequence the longest run of indexed pages under these chained keys.
+
+        Returns:
+            the tokens that it then holds.
+
+        Raises:
+            InvalidSpan: the sequence is closed or not empty; nothing changed.
+        """
+        if sequence.length or not self.holds(sequence):
+            raise InvalidSpan(f"a sequence of {sequence.length} tokens, or a closed one, cannot adopt a prefix")
+        sequence.truncate(0)
+        self._assign(sequence, 0, self._allocator.adopt(keys))
+        sequence.length = sequence.written = len(sequence.pages) * PAGE_TOKENS
+        return sequence.length
+
+    def publish(self, sequence: CachedSequence, keys: Sequence[bytes]) -> None:
+        """Indexes the sequence's first full pages under these chained keys, one a page. For committed tokens only.
+
+        Where a key is indexed already, the sequence (and who shares its page) moves to that page and its own is freed:
+        the numbers are the same, one copy is enough, and every holder of a page still holds all indexed before it.
+
+        Raises:
+            InvalidBlock: there are more keys than full pages, or a page or key is indexed otherwise; nothing changed.
+            InvalidSpan: the sequence is closed.
+        """
+        if not self.holds(sequence):
+            raise InvalidSpan("a closed sequence has nothing to publish")
+        if len(keys) > sequence.length // PAGE_TOKENS:
+            raise InvalidBlock(f"block {len(keys) - 1} of a sequence of {sequence.length} tokens is not full")
+        if not self._allocator.accepts(sequence.pages[: len(keys)], keys):
+            raise InvalidBlock("a block is indexed under another key, or its key for another block")
+        found = self._allocator.find(keys)
+        for index, page in enumerate(found):
+            self._replace(sequence, index, page)
+        for index, key in enumerate(keys[len(found) :], start=len(found)):
+            self._allocator.index(key, sequence.pages[index], sequence.pages[index - 1] if index else 0)
+
+    def _replace(self, sequence: CachedSequence, index: int, page: int) -> None:
+        """Puts an indexed page in the place of the sequence's own, for all that share that one."""
+        own = sequence.pages[index]
+        if own == page:
+            return
+        others = self._sequences if self._allocator.shared(own) else [sequence]
+        for holder in [other for other in others if own in other.pages[index : index + 1]]:
+            self._allocator.retain([page])
+            self._assign(holder, index, [page])
+            self._allocator.release([own])
+
+    def compact(self, kept: Mapping[CachedSequence, tuple[int, Sequence[int]]]) -> None:
+        """Of each sequence's speculative tokens, those in the slots from ``base`` on, keeps the nodes of one path.
+
+        ``kept``: (base, path) a sequence; path[j] counts from base, and increases. The token in slot base + path[j]
+        moves to slot base + j; base + len(path) tokens remain.
+
+        Raises:
+            InvalidSpan: a path leaves its sequence or does not increase, a page to change is shared or indexed, or the
+                sequence is closed; nothing changed.
+        """
+        moves: list[tuple[int, int, int, int]] = []
+        for sequence, (base, path) in kept.items():
+            if base < 0 or any(a >= b for a, b in pairwise((-1, *path, sequence.length - base))):
+                raise InvalidSpan(f"a sequence of {sequence.length} tokens cannot keep {list(path)} from {base} on")
+            if not self.holds(sequence):
+                raise InvalidSpan("a closed sequence keeps nothing")
+            moved = ((base + node, base + place) for place, node in enumerate(path) if node > place)
+            moves += [(*sequence.place(source), *sequence.place(target)) for source, target in moved]
+        if any(self._allocator.shared(page) for _, _, page, _ in moves):
+            raise InvalidSpan("a page that is shared or indexed cannot be compacted")
+        # Paths increase, so that no target is a later source.
+        for source, source_place, page, place in moves:
+            self._keys[page, ..., place].copy_(self._keys[source, ..., source_place])
+            self._values[page, ..., place, :].copy_(self._values[source, ..., source_place, :])
+        for sequence, (base, path) in kept.items():
+            sequence.truncate(base + len(path))
+
+    def fork(self, source: CachedSequence) -> CachedSequence:
+        """See :meth:`CachedSequence.fork`."""
+        if not self.holds(source):
+            raise InvalidSpan("a closed sequence cannot be forked")
+        sequence = self.sequence()
+        pages = source.pages[: pages_for(source.length)]
+        self._allocator.retain(pages)
+        self._assign(sequence, 0, pages)
+        sequence.length, sequence.written = source.length, min(source.written, len(pages) * PAGE_TOKENS)
+        source.capacity = 0
+        return sequence
+
+    def truncate(self, sequence: CachedSequence, length: int) -> None:
+        """See :meth:`CachedSequence.truncate`."""
+        if not 0 <= length <= sequence.length or not self.holds(sequence):
+            raise InvalidSpan(f"a sequence of {sequence.length} tokens cannot be truncated to {length}")
+        sequence.length = length
+        kept = -(-length // PAGE_TOKENS)
+        if kept < len(sequence.pages):
+            surplus = sequence.pages[kept:]
+            self.tables[sequence.row, kept : len(sequence.pages)] = 0
+            del sequence.pages[kept:]
+            self._allocator.release(surplus)
+            sequence.written, sequence.capacity = min(sequence.written, kept * PAGE_TOKENS), 0
+        elif length % PAGE_TOKENS and self._allocator.shared(sequence.pages[-1]):
+            sequence.capacity = 0
+
+    def close(self, sequence: CachedSequence) -> None:
+        """See :meth:`CachedSequence.close`."""
+        if self.holds(sequence):
+            sequence.truncate(0)
+            self._sequences.discard(sequence)
+            self._free_rows.append(sequence.row)
 
     def check_integrity(self) -> None:
-        """Raises:
-        EngineError: a page is lost, owned twice, or the page of zeros was written.
+        """Reads tables and index, and of the pool page 0: for idle moments.
+
+        Raises:
+            EngineError: a page is lost or has wrong references, a page that is shared or indexed could be written, a
+                table is wrong, an indexed page has lost its parent or would outlive it, or page 0 was written.
         """
-        owned = [page for sequence in self._sequences for page in sequence.pages]
-        if sorted(owned + self._free) != list(range(1, self.pool.shape[2])):
-            raise EngineError("a page of the KV cache is lost or has two owners")
+        self._allocator.check(sequence.pages for sequence in self._sequences)
         for sequence in self._sequences:
-            if len(sequence.pages) != pages_for(sequence.length):
-                raise EngineError(f"a sequence of {sequence.length} tokens holds {len(sequence.pages)} pages")
-        if bool(self.pool[:, :, 0].any()):
+            pages, row = sequence.pages, self.tables[sequence.row]
+            if row[: len(pages)].tolist() != pages or row[len(pages) :].any():
+                raise EngineError(f"row {sequence.row} of the KV cache's tables is not its sequence's pages")
+            slots = len(pages) * PAGE_TOKENS
+            if not sequence.length <= sequence.written <= slots or sequence.capacity not in {0, slots}:
+                raise EngineError(f"a sequence of {sequence.length} tokens and {len(pages)} pages has wrong bounds")
+            if sequence.capacity and any(map(self._allocator.shared, pages[sequence.length // PAGE_TOKENS :])):
+                raise EngineError("a sequence could write a page that is shared or indexed")
+        rows = [sequence.row for sequence in self._sequences] + self._free_rows
+        if sorted(rows) != list(range(len(self.tables))) or self.tables[self._free_rows].any():
+            raise EngineError("a row of the KV cache's tables is lost, has two owners, or is free and not empty")
+        if bool(self.pool[0].any()):
             raise EngineError("the KV cache's page of zeros was written")
+
+    def _assign(self, sequence: CachedSequence, start: int, pages: Sequence[int]) -> None:
+        """Replaces or appends pages from ``start`` on, in the sequence and its row."""
+        stop = start + len(pages)
+        sequence.pages[start:stop] = pages
+        columns = self.tables.shape[1]
+        if stop > columns:
+            self.tables = np.pad(self.tables, ((0, 0), (0, max(stop, 2 * columns) - columns)))
+        self.tables[sequence.row, start:stop] = pages
 
 
 class CachedSequence:
-    """One sequence's tokens in the cache. Equal to itself only."""
+    """One sequence's tokens in the cache. Equal to itself only.
 
-    def __init__(self, cache: PagedCache) -> None:
+    ``length``: its tokens; whoever writes the slots that were reserved adds to it. ``pages``: the page of each 16
+    slots. For the cache alone: ``written``, behind which all slots are zero, and ``capacity``, the tokens up to which
+    slots are known to be writable, or 0.
+    """
+
+    __slots__ = ("_cache", "capacity", "length", "pages", "row", "written")
+
+    def __init__(self, cache: PagedCache, row: int) -> None:
         self._cache = cache
-        self.length = 0
+        self.row = row
         self.pages: list[int] = []
+        self.length = self.written = self.capacity = 0
+
+    @property
+    def tail(self) -> list[int]:
+        """The page that the next token goes to, if there is one already."""
+        first = self.length // PAGE_TOKENS
+        return self.pages[first : first + 1]
+
+    def place(self, slot: int) -> tuple[int, int]:
+        """The slot's page, and its place there."""
+        return self.pages[slot // PAGE_TOKENS], slot % PAGE_TOKENS
+
+    def fork(self) -> CachedSequence:
+        """A new sequence of the same tokens in the same pages; ``reserve`` copies the last one when it must.
+
+        Raises:
+            InvalidSpan: the sequence is closed.
+        """
+        return self._cache.fork(self)
 
     def truncate(self, length: int) -> None:
         """Keeps the first ``length`` tokens.
@@ -109,33 +469,28 @@ class CachedSequence:
         Raises:
             InvalidSpan: there are fewer, or the sequence is closed.
         """
-        if not 0 <= length <= self.length or not self._cache.holds(self):
-            raise InvalidSpan(f"a sequence of {self.length} tokens cannot be truncated to {length}")
-        kept = pages_for(length)
-        self._cache.release(self.pages[kept:])
-        del self.pages[kept:]
-        if length < self.length and length % PAGE_TOKENS:
-            self._cache.pool[:, :, self.pages[-1], length % PAGE_TOKENS :] = 0
-        self.length = length
+        self._cache.truncate(self, length)
+
+    def compact(self, base: int, path: Sequence[int]) -> None:
+        """:meth:`PagedCache.compact` of this sequence."""
+        self._cache.compact({self: (base, path)})
 
     def close(self) -> None:
-        """Gives all pages back; closing twice does nothing."""
-        if self._cache.holds(self):
-            self._cache.forget(self)
-            self.pages, self.length = [], 0
+        """Gives all pages back, of which indexed ones stay cached; closing twice does nothing."""
+        self._cache.close(self)
 
     def export_block(self, index: int) -> bytes:
         """K and V of tokens 16 index to 16 index + 15.
 
-        Layout: (layers, 2, 16, kv_heads, head_dim), row-major, K before V, keys after rotation, elements in the cache's
-        dtype, little-endian.
+        Layout: a page's, (layers, 2, kv_heads, 16 head_dim): K as (head_dim, 16) after rotation, V as (16, head_dim);
+        row-major, elements in the cache's dtype, little-endian.
 
         Raises:
             InvalidBlock: the block is not full.
         """
         if not 0 <= index < self.length // PAGE_TOKENS:
             raise InvalidBlock(f"block {index} of a sequence of {self.length} tokens is not full")
-        return self._cache.pool[:, :, self.pages[index]].contiguous().view(torch.uint8).numpy().tobytes()
+        return self._cache.pool[self.pages[index]].view(torch.uint8).cpu().numpy().tobytes()
 
     def import_block(self, data: bytes) -> None:
         """Appends the 16 tokens of an exported block.
@@ -152,7 +507,7 @@ class CachedSequence:
         if self.length % PAGE_TOKENS:
             raise InvalidBlock(f"a block cannot follow {self.length} tokens, which do not end with a full block")
         self._cache.reserve({self: self.length + PAGE_TOKENS})
-        target = self._cache.pool[:, :, self.pages[-1]]
+        target = self._cache.pool[self.pages[self.length // PAGE_TOKENS]]
         target.copy_(torch.frombuffer(bytearray(data), dtype=self._cache.dtype).view(target.shape))
         self.length += PAGE_TOKENS
 

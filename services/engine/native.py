@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,30 +21,33 @@ from torch import Tensor
 from countersign.kernels.native import library as native
 from countersign.kernels.native.library import BufferStruct, Epilogue, OpKind, OpStruct, Packed, WeightKind
 from countersign.services.engine.config import Dtype, ModelConfig
+from countersign.services.engine.errors import EngineError
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.rope import RotaryTable
+from countersign.services.engine.sampling import Draws, records
 from countersign.services.engine.step import Span
 from countersign.services.engine.weights import DecoderWeights, DenseMlp, LayerWeights, RoutedExperts
 
 _KINDS: dict[Dtype, WeightKind] = {"fp32": WeightKind.FP32, "bf16": WeightKind.BF16, "int8": WeightKind.INT8}
-# Hidden states, normed rows, qkv, attention's output, the MLP's inner rows, router logits, each choice's inner row and output, wanted
-# rows, logits.
+# Hidden states, normed rows, qkv, attention's output, the MLP's inner rows, router logits, each choice's inner row and
+# output, wanted rows, logits.
 _HIDDEN, _NORMED, _QKV, _ATTENDED, _INNER, _ROUTED, _CHOSEN, _MIXED, _WANTED, _LOGITS = range(10)
 
 
-def supports(config: ModelConfig) -> str:
-    """Why these sizes cannot be computed natively; empty if they can."""
+def refusal_of(config: ModelConfig) -> str:
+    """Why native code cannot compute this model here; empty if it can."""
+    if native.load() is None:
+        return "this processor has no AVX2, or the C kernels were not built (no compiler at installation)"
     sizes = {
         "hidden_size": config.hidden_size,
         "head_dim": config.head_dim,
-        "heads * head_dim": config.heads * config.head_dim,
         "intermediate_size": config.intermediate_size,
     }
     if config.experts is not None:
-        sizes["moe intermediate_size"] = config.experts.intermediate_size
+        sizes["the experts' intermediate_size"] = config.experts.intermediate_size
     odd = [f"{name} {size}" for name, size in sizes.items() if size % 16]
     if odd:
-        return f"no multiple of 16: {', '.join(odd)}"
+        return f"not a multiple of 16: {', '.join(odd)}"
     if config.head_dim > native.MAX_HEAD_DIM:
         return f"head_dim {config.head_dim} is above {native.MAX_HEAD_DIM}"
     return ""
@@ -77,18 +81,38 @@ class _Program:
         return packed.struct()
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A step as C sees it, where its logits will stand, and the arrays that it points to."""
+
+    struct: native.StepStruct
+    logits: Tensor
+    kept: tuple[object, ...]
+
+
 class NativeExecutor:
     """A model's weights packed for this CPU. One step at a time."""
 
+    name = "native"
+
     def __init__(
-        self, config: ModelConfig, weights: DecoderWeights, dtype: Dtype, library: native.Library, threads: int
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        dtype: Dtype,
+        threads: int,
+        library: native.Library | None = None,
     ) -> None:
+        library = library or native.load()
+        if library is None:
+            raise EngineError(refusal_of(config))
         self._config, self._library, self._kind = config, library, _KINDS[dtype]
         self._rotary = RotaryTable(config.rope, config.head_dim)
         self.team = native.Team(library, threads)
         self._program = _Program()
         self._write(weights)
         self._handle: int | None = None
+        self._free: weakref.finalize[..., NativeExecutor] | None = None
         self._pool: int | None = None
         self._ops = (OpStruct * len(self._program.ops))(*self._program.ops)
         self._rows = 0
@@ -118,7 +142,41 @@ class NativeExecutor:
         self._step(cache, [span], ctypes.addressof(bad))
         return bad.value if 0 <= bad.value < self._config.layers else self._config.layers
 
+    def draft(
+        self, cache: PagedCache, spans: Sequence[Span], asks: Sequence[Draws], counts: Sequence[int], margin: float
+    ) -> list[list[int]]:
+        """Continues each span by up to ``counts`` tokens, each sampled and fed to the next pass, in one native call.
+
+        A token whose score leads the next best by less than ``margin`` is the last. Slots for all but the last token
+        are reserved.
+        """
+        rules, ends = records(asks), np.array(counts, dtype=np.int32)
+        tokens = np.zeros((len(spans), max(counts)), dtype=np.int32)
+        produced = np.zeros(len(spans), dtype=np.int32)
+        prepared = self._prepare(cache, spans, max(counts))
+        failed = self._library.draft(
+            self._bound(cache),
+            ctypes.byref(prepared.struct),
+            rules.ctypes.data,
+            ends.ctypes.data,
+            margin,
+            tokens.ctypes.data,
+            tokens.shape[1],
+            produced.ctypes.data,
+        )
+        if failed:
+            raise MemoryError("no memory for a draft")
+        return [row[:count] for row, count in zip(tokens.tolist(), produced.tolist(), strict=True)]
+
     def _step(self, cache: PagedCache, spans: Sequence[Span], bad_layer: int | None) -> Tensor:
+        prepared = self._prepare(cache, spans, 0)
+        prepared.struct.bad_layer = bad_layer
+        if self._library.program_run(self._bound(cache), ctypes.byref(prepared.struct)):
+            raise MemoryError(f"no memory for a step of {prepared.struct.rows} rows")
+        return prepared.logits
+
+    def _prepare(self, cache: PagedCache, spans: Sequence[Span], beyond: int) -> _Prepared:
+        """A step of these spans, which may go on for ``beyond`` tokens."""
         counts = [len(span.token_ids) for span in spans]
         first = np.array([0, *itertools.accumulate(counts)], dtype=np.int32)
         rows = int(first[-1])
@@ -127,10 +185,10 @@ class NativeExecutor:
         base = np.array([span.sequence.length for span in spans], dtype=np.int32)
         table = np.array([span.sequence.row for span in spans], dtype=np.int32)
         parents, is_tree = _trees(spans, counts, rows)
-        cos, sin = self._rotary.table(int(base.max()) + max(counts))
+        cos, sin = self._rotary.table(int(base.max()) + max(counts) + beyond)
         self._fit(rows)
         logits = self._fit_logits(len(wanted))
-        step = native.StepStruct(
+        struct = native.StepStruct(
             rows,
             len(wanted),
             len(spans),
@@ -147,17 +205,15 @@ class NativeExecutor:
             sin.data_ptr(),
             cache.pool.data_ptr(),
             self._structs,
-            bad_layer,
+            None,
         )
-        if self._library.program_run(self._bound(cache), ctypes.byref(step)):
-            raise MemoryError(f"no memory for a step of {rows} rows")
-        return logits
+        return _Prepared(struct, logits, (token_ids, parents, is_tree, first, base, table, wanted, cos, sin))
 
     def _bound(self, cache: PagedCache) -> int:
         """The program for this cache's layout."""
         if self._handle is None or self._pool != cache.pool.data_ptr():
-            if self._handle is not None:
-                self._library.program_free(self._handle)
+            if self._free is not None:
+                self._free()
             config = self._config
             page, layer, half, head, _ = cache.pool.stride()
             shape = native.ShapeStruct(
@@ -177,7 +233,8 @@ class NativeExecutor:
                 half,
                 head,
             )
-            self._handle = self._library.program_new(ctypes.byref(shape), self._ops, self.team.handle)
+            self._handle = int(self._library.program_new(ctypes.byref(shape), self._ops, self.team.handle))
+            self._free = weakref.finalize(self, self._library.program_free, self._handle)
             self._pool = cache.pool.data_ptr()
         return self._handle
 

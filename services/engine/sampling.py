@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from countersign.kernels import gumbel
+from countersign.kernels.native import library as native
 from countersign.services.engine.errors import InvalidSampling, NonFiniteLogits
+
+NOT_FINITE = native.NOT_FINITE
+Allowed: TypeAlias = NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +56,80 @@ def sample(logits_row: Tensor, position: int, sampling: Sampling) -> int:
     Raises:
         NonFiniteLogits: a logit is NaN or +infinity, or all are -infinity.
     """
-    return _sample(_row(logits_row, position, 0), position, sampling)
+    return _sample(_row(logits_row, position), position, sampling)
 
 
-def sample_rows(logits: Tensor, positions: Sequence[int], samplings: Sequence[Sampling]) -> list[int]:
-    """:func:`sample` for each row of (R, V).
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Tokens to draw from consecutive rows of logits for one request.
 
-    Raises:
-        NonFiniteLogits: as :func:`sample`; ``row`` says where.
+    positions: absolute, one a row. allowed: None, or one a row: None or a mask as :func:`allow` makes it.
     """
-    rows = zip(logits, positions, samplings, strict=True)
-    return [_sample(_row(row, position, i), position, sampling) for i, (row, position, sampling) in enumerate(rows)]
+
+    positions: Sequence[int]
+    sampling: Sampling
+    allowed: Sequence[Allowed | None] | None = None
+
+
+def allow(token_ids: Iterable[int], vocabulary_size: int) -> Allowed:
+    """A mask that leaves these tokens: uint32 words, token i at bit i % 32 of word i // 32."""
+    bits = np.zeros(-(-vocabulary_size // 32) * 32, dtype=np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+def draw(logits: Tensor, asks: Sequence[Draws], team: native.Team | None = None) -> list[int]:
+    """The token of each row, or NOT_FINITE where a logit is NaN or +infinity or no token is allowed.
+
+    Args:
+        logits: (R, V) fp32 on the CPU; masks are written into it.
+        asks: R rows in all.
+        team: computes; None for plain Python.
+    """
+    if team is None or not len(logits):
+        return _draw_plainly(logits, asks)
+    rows = records(asks)
+    tokens = np.empty(len(rows), dtype=np.int32)
+    library = team.library
+    library.sample(
+        team.handle, rows.ctypes.data, logits.data_ptr(), logits.stride(0), len(rows), logits.shape[1],
+        tokens.ctypes.data, None,
+    )  # fmt: skip
+    drawn: list[int] = tokens.tolist()
+    if native.NOT_HERE in drawn:
+        samplings = [ask.sampling for ask in asks for _ in ask.positions]
+        for row, token in enumerate(drawn):
+            if token == native.NOT_HERE:
+                drawn[row] = _sample(logits[row].numpy(), int(rows["position"][row]), samplings[row])
+    return drawn
+
+
+def records(asks: Sequence[Draws]) -> NDArray[np.void]:
+    """One record a row for the native library; the masks must outlive it."""
+    counts = [len(ask.positions) for ask in asks]
+    rows = np.repeat(np.array([_record(ask.sampling) for ask in asks], dtype=native.SAMPLING), counts)
+    rows["position"] = np.fromiter(itertools.chain.from_iterable(ask.positions for ask in asks), np.int64, len(rows))
+    for row, ask in zip(itertools.accumulate(counts, initial=0), asks, strict=False):
+        for offset, mask in enumerate(ask.allowed or ()):
+            if mask is not None:
+                rows["allowed"][row + offset] = mask.ctypes.data
+    return rows
+
+
+def _record(sampling: Sampling) -> tuple[float, float, int, int, int, int, int]:
+    return (sampling.temperature, sampling.top_p, sampling.seed, sampling.top_k, 0, 0, 0)
+
+
+def _draw_plainly(logits: Tensor, asks: Sequence[Draws]) -> list[int]:
+    drawn: list[int] = []
+    for ask in asks:
+        masks = ask.allowed or [None] * len(ask.positions)
+        for position, mask in zip(ask.positions, masks, strict=True):
+            row = logits[len(drawn)].numpy()
+            if mask is not None:
+                row[np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(row)] == 0] = -math.inf
+            drawn.append(_sample(row, position, ask.sampling) if math.isfinite(row.max()) else NOT_FINITE)
+    return drawn
 
 
 def perturbed(logits_row: Tensor, position: int, sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -69,7 +138,7 @@ def perturbed(logits_row: Tensor, position: int, sampling: Sampling) -> tuple[ND
     Raises:
         NonFiniteLogits: as :func:`sample`.
     """
-    row = _row(logits_row, position, 0).astype(np.float64)
+    row = _row(logits_row, position).astype(np.float64)
     return gumbel.perturbed(
         row,
         position,
@@ -80,11 +149,11 @@ def perturbed(logits_row: Tensor, position: int, sampling: Sampling) -> tuple[ND
     )
 
 
-def _row(logits: Tensor, position: int, index: int) -> NDArray[np.float32]:
+def _row(logits: Tensor, position: int) -> NDArray[np.float32]:
     row: NDArray[np.float32] = logits.numpy()
     # max of a row with NaN is NaN; -infinity among others is a token ruled out, and all right.
     if not math.isfinite(row.max()):
-        raise NonFiniteLogits(position, index)
+        raise NonFiniteLogits(position)
     return row
 
 

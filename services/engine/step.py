@@ -1,48 +1,90 @@
 """What one forward pass computes: new tokens of several sequences, laid out as flat rows and attention calls.
 
 Linear layers see one row per new token of any sequence. Attention takes short spans (decode and verify) of similar
-context together in one padded call, and long spans (prefill) alone in pieces of at most 256 rows.
+context together in one padded call, and long spans (prefill) alone in pieces of at most 256 rows. A tree of tokens is
+taken path by path: the keys of a path stand in the order of their positions, with nothing between them, so that each
+sum over them runs as it would had the path been decoded token by token.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from countersign.kernels.attention import MAX_QUERIES, Mask, padded_keys, padded_queries
 from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.errors import ContextExceeded, InvalidSpan
-from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
+from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache, pages_for
 from countersign.services.engine.linear import padded_rows
+
+Ids: TypeAlias = NDArray[np.int64]
+
+MAX_TREE = MAX_QUERIES
+"""The most tokens of one tree."""
 
 _SHORT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """New tokens at the end of a sequence. The logits of the last ``logits`` of them are wanted."""
+    """New tokens at the end of a sequence. The logits of the last ``logits`` of them are wanted.
+
+    With ``parents`` they are a tree: parents[i] < i is the index in the span of token i's parent, -1 stands for the
+    sequence's last token. Token i is stored in slot length + i; its position is length + its depth, that of a child of
+    the sequence's last token being 0. It sees the sequence and its ancestors.
+    """
 
     sequence: CachedSequence
     token_ids: Sequence[int]
     logits: int = 1
+    parents: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """What sizes are rounded up to: rows of a linear layer, queries and keys of an attention call."""
+
+    rows: Callable[[int], int]
+    queries: Callable[[int], int]
+    keys: Callable[[int], int]
+
+
+FIXED = Padding(padded_rows, padded_queries, padded_keys)
+"""The sizes at which a row's bits are its own."""
+
+EXACT = Padding(lambda rows: rows, lambda queries: queries, lambda keys: pages_for(keys) * PAGE_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Keys of tree tokens, one by one: (pieces, places) in a group's keys, (pages, offsets) in the pool."""
+
+    pieces: Tensor
+    places: Tensor
+    pages: Tensor
+    offsets: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """One attention call: B pieces of T query rows over K keys each.
 
-    rows: (B T) rows of the flat batch, padding rows 0. pages: (B K/16), padding page 0.
+    rows: (B T) rows of the flat batch, padding rows 0. pages: (B K/16), padding page 0. tail: what to put over the
+    keys of these pages, where there are trees.
     """
 
     batch: int
     keys: int
     rows: Tensor
     pages: Tensor
+    tail: Tail | None
     mask: Mask
 
 
@@ -50,15 +92,17 @@ class Group:
 class Step:
     """A forward pass of M rows, padded to M'.
 
-    token_ids: (M'), padding 0. positions, slots: (M), a slot being page * 16 + place. end: above all positions. take:
-    (M') rows of the groups' results laid end to end. logit_rows: (L'), the first ``logits`` of them wanted.
+    token_ids: (M'), padding 0. positions: (M), on the CPU. end: above all positions. pages, offsets: (M), where each
+    row's K and V go. take: (M') rows of the groups' results laid end to end. logit_rows: (L'), the first ``logits`` of
+    them wanted.
     """
 
     rows: int
     token_ids: Tensor
     positions: Tensor
-    slots: Tensor
     end: int
+    pages: Tensor
+    offsets: Tensor
     groups: list[Group]
     take: Tensor
     logits: int
@@ -67,26 +111,38 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Consecutive rows of one span: its first flat row, its first position, how many, and the sequence's pages."""
+    """Rows of one span that see the same keys, each up to its own position.
 
-    row: int
-    position: int
-    count: int
-    pages: list[int]
+    rows: flat. positions: rising. table: the sequence's pages. slots: of a tree, the slot of each place from the first
+    token of the span on; -1 where the path has ended.
+    """
+
+    rows: Ids
+    positions: Ids
+    table: NDArray[np.int32]
+    first: int
+    slots: Ids | None = None
 
     @property
     def keys(self) -> int:
-        return padded_keys(self.position + self.count)
+        return int(self.positions[-1]) + 1
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """How far each token of a tree stands behind the sequence's last."""
+    found: list[int] = []
+    for parent in parents:
+        found.append(0 if parent < 0 else found[parent] + 1)
+    return found
 
 
 def check_spans(config: ModelConfig, cache: PagedCache, spans: Sequence[Span]) -> None:
     """Refuses what cannot be computed, before anything is.
 
     Raises:
-        InvalidSpan: no span, no tokens, an id outside the vocabulary, more logits than tokens, a sequence given
-        twice, closed
-            or of another cache.
-        ContextExceeded: a sequence would be longer than the model's context.
+        InvalidSpan: no span, no tokens, an id outside the vocabulary, more logits than tokens, parents that are no
+            tree, a tree of more than 256 tokens, a sequence given twice, closed or of another cache.
+        ContextExceeded: a token's position would be outside the model's context.
     """
     if not spans:
         raise InvalidSpan("a forward pass needs at least one span")
@@ -99,83 +155,139 @@ def check_spans(config: ModelConfig, cache: PagedCache, spans: Sequence[Span]) -
             raise InvalidSpan(f"a span has {len(span.token_ids)} tokens and wants {span.logits} rows of logits")
         if min(span.token_ids) < 0 or max(span.token_ids) >= config.vocabulary_size:
             raise InvalidSpan(f"a token id is outside the vocabulary of {config.vocabulary_size}")
-        length = span.sequence.length + len(span.token_ids)
-        if length > config.context_length:
-            raise ContextExceeded(length, config.context_length)
+        new = len(span.token_ids)
+        if span.parents is not None:
+            _check_tree(span.parents, new)
+            new = max(depths(span.parents)) + 1
+        if span.sequence.length + new > config.context_length:
+            raise ContextExceeded(span.sequence.length + new, config.context_length)
 
 
-def plan(spans: Sequence[Span], window: int | None, dtype: torch.dtype) -> Step:
-    """Lays the spans out. Their pages must be reserved."""
+def _check_tree(parents: Sequence[int], tokens: int) -> None:
+    if len(parents) != tokens or tokens > MAX_TREE:
+        raise InvalidSpan(f"a tree has {tokens} tokens and {len(parents)} parents; at most {MAX_TREE}, one parent each")
+    for child, parent in enumerate(parents):
+        if not -1 <= parent < child:
+            raise InvalidSpan(f"token {child} of a tree has parent {parent}, which is not before it")
+
+
+def plan(cache: PagedCache, spans: Sequence[Span], window: int | None, padding: Padding, device: str) -> Step:
+    """Lays the spans out. Their slots must be reserved. Tensors are on ``device``."""
+
+    def moved(values: Ids, size: int | None = None) -> Tensor:
+        if size is not None:
+            values = np.pad(values, (0, size - len(values)))
+        return torch.from_numpy(values).to(device)
+
     token_ids = np.concatenate([np.asarray(span.token_ids, dtype=np.int64) for span in spans])
     starts = np.cumsum([0] + [len(span.token_ids) for span in spans])
-    rows = len(token_ids)
-    positions, slots = _places(spans)
-    wanted = [np.arange(stop - span.logits, stop) for span, stop in zip(spans, starts[1:], strict=True)]
-    logit_rows = np.concatenate(wanted)
-    groups, take, results = [], np.zeros(padded_rows(rows), dtype=np.int64), 0
-    for pieces in _grouped(spans, starts):
-        group, places = _group(pieces, window, dtype)
-        for place, piece in zip(places, pieces, strict=True):
-            take[piece.row : piece.row + piece.count] = np.arange(piece.count) + results + place
-        results += len(group.rows)
-        groups.append(group)
+    rows = padding.rows(len(token_ids))
+    positions, pages, offsets = _places(cache, spans)
+    logit_rows = np.concatenate(
+        [np.arange(stop - span.logits, stop) for span, stop in zip(spans, starts[1:], strict=True)]
+    )
+    groups, take, results = [], np.zeros(rows, dtype=np.int64), 0
+    for pieces in _grouped(
+        [piece for span, start in zip(spans, starts, strict=False) for piece in _pieces(cache, span, start)], padding
+    ):
+        queries = padding.queries(max(len(piece.rows) for piece in pieces))
+        for index, piece in enumerate(pieces):
+            take[piece.rows] = results + index * queries + np.arange(len(piece.rows))
+        results += len(pieces) * queries
+        groups.append(_group(pieces, queries, padding, window, cache.dtype, moved))
     return Step(
-        rows=rows,
-        token_ids=_padded(token_ids, padded_rows(rows)),
+        rows=len(token_ids),
+        token_ids=moved(token_ids, rows),
         positions=torch.from_numpy(positions),
-        slots=torch.from_numpy(slots),
         end=int(positions.max()) + 1,
+        pages=moved(pages),
+        offsets=moved(offsets),
         groups=groups,
-        take=torch.from_numpy(take),
+        take=moved(take),
         logits=len(logit_rows),
-        logit_rows=_padded(logit_rows, padded_rows(len(logit_rows))),
+        logit_rows=moved(logit_rows, padding.rows(len(logit_rows))),
     )
 
 
-def _places(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
-    positions, slots = [], []
+def _places(cache: PagedCache, spans: Sequence[Span]) -> tuple[Ids, Ids, Ids]:
+    """Each row's position, page and offset in the page."""
+    positions, pages, offsets = [], [], []
     for span in spans:
         first = span.sequence.length
-        position = np.arange(first, first + len(span.token_ids))
-        pages = np.asarray(span.sequence.pages, dtype=np.int64)
-        positions.append(position)
-        slots.append(pages[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS)
-    return np.concatenate(positions), np.concatenate(slots)
+        slots = np.arange(first, first + len(span.token_ids))
+        positions.append(slots if span.parents is None else first + np.asarray(depths(span.parents)))
+        pages.append(cache.tables[span.sequence.row, slots // PAGE_TOKENS].astype(np.int64))
+        offsets.append(slots % PAGE_TOKENS)
+    return np.concatenate(positions), np.concatenate(pages), np.concatenate(offsets)
 
 
-def _grouped(spans: Sequence[Span], starts: np.ndarray) -> Iterator[list[_Piece]]:
-    """Short spans whose padded contexts lie within a factor of two together, others in pieces alone."""
-    together: dict[int, list[_Piece]] = defaultdict(list)
-    for span, start in zip(spans, starts, strict=False):
-        count, first = len(span.token_ids), span.sequence.length
-        if count <= _SHORT:
-            piece = _Piece(int(start), first, count, span.sequence.pages)
-            together[piece.keys.bit_length()].append(piece)
-            continue
+def _pieces(cache: PagedCache, span: Span, start: int) -> Iterator[_Piece]:
+    first, count = span.sequence.length, len(span.token_ids)
+    table = cache.tables[span.sequence.row]
+    if span.parents is None:
         for offset in range(0, count, MAX_QUERIES):
-            rows = min(MAX_QUERIES, count - offset)
-            yield [_Piece(int(start) + offset, first + offset, rows, span.sequence.pages)]
+            tokens = np.arange(offset, min(offset + MAX_QUERIES, count))
+            yield _Piece(start + tokens, first + tokens, table, first)
+        return
+    for path, known in _paths(span.parents):
+        slots = np.full(count, -1)
+        slots[: len(path)] = first + path
+        yield _Piece(start + path[known:], first + np.arange(known, len(path)), table, first, slots)
+
+
+def _paths(parents: Sequence[int]) -> Iterator[tuple[Ids, int]]:
+    """A path to each leaf, and how many of its first tokens an earlier path had."""
+    seen: set[int] = set()
+    for leaf in sorted(set(range(len(parents))) - set(parents)):
+        path, node = [], leaf
+        while node >= 0:
+            path.append(node)
+            node = parents[node]
+        known = sum(node in seen for node in path)
+        seen.update(path)
+        yield np.array(path[::-1]), known
+
+
+def _grouped(pieces: Sequence[_Piece], padding: Padding) -> Iterator[list[_Piece]]:
+    """Short pieces whose padded contexts lie within a factor of two together, others alone."""
+    together: dict[int, list[_Piece]] = defaultdict(list)
+    for piece in pieces:
+        if len(piece.rows) <= _SHORT:
+            together[padding.keys(piece.keys).bit_length()].append(piece)
+        else:
+            yield [piece]
     yield from together.values()
 
 
-def _group(pieces: list[_Piece], window: int | None, dtype: torch.dtype) -> tuple[Group, list[int]]:
-    """The call, and where each piece's rows start in its result."""
-    queries = padded_queries(max(piece.count for piece in pieces))
-    keys = max(piece.keys for piece in pieces)
+def _group(
+    pieces: list[_Piece],
+    queries: int,
+    padding: Padding,
+    window: int | None,
+    dtype: torch.dtype,
+    moved: Callable[[Ids], Tensor],
+) -> Group:
+    keys = max(padding.keys(piece.keys) for piece in pieces)
     rows = np.zeros((len(pieces), queries), dtype=np.int64)
     positions = np.full((len(pieces), queries), -1, dtype=np.int64)
     pages = np.zeros((len(pieces), keys // PAGE_TOKENS), dtype=np.int64)
-    for i, piece in enumerate(pieces):
-        rows[i, : piece.count] = np.arange(piece.row, piece.row + piece.count)
-        positions[i, : piece.count] = np.arange(piece.position, piece.position + piece.count)
-        table = piece.pages[: keys // PAGE_TOKENS]
-        pages[i, : len(table)] = table
-    mask = Mask.causal(torch.from_numpy(positions), keys, window, dtype)
-    group = Group(len(pieces), keys, torch.from_numpy(rows.ravel()), torch.from_numpy(pages.ravel()), mask)
-    return group, [i * queries for i in range(len(pieces))]
+    for index, piece in enumerate(pieces):
+        rows[index, : len(piece.rows)] = piece.rows
+        positions[index, : len(piece.rows)] = piece.positions
+        table = piece.table[: keys // PAGE_TOKENS]
+        pages[index, : len(table)] = table
+    mask = Mask.causal(moved(positions), keys, window, dtype)
+    return Group(len(pieces), keys, moved(rows.ravel()), moved(pages.ravel()), _tail(pieces, keys, moved), mask)
 
 
-def _padded(values: np.ndarray, size: int) -> Tensor:
-    padded = np.zeros(size, dtype=np.int64)
-    padded[: len(values)] = values
-    return torch.from_numpy(padded)
+def _tail(pieces: list[_Piece], keys: int, moved: Callable[[Ids], Tensor]) -> Tail | None:
+    """Where a path has ended the page of zeros goes over other paths' keys, whose NaN would reach this one's rows."""
+    columns: list[Ids] = []
+    for index, piece in enumerate(pieces):
+        if piece.slots is not None:
+            slots = piece.slots[: keys - piece.first]
+            places = piece.first + np.arange(len(slots))
+            pages = np.where(slots < 0, 0, piece.table[slots // PAGE_TOKENS])
+            offsets = np.where(slots < 0, 0, slots % PAGE_TOKENS)
+            columns.append(np.stack([np.full(len(slots), index), places, pages, offsets]))
+    return Tail(*(moved(column) for column in np.concatenate(columns, axis=1))) if columns else None

@@ -45,6 +45,9 @@ Switch = Annotated[bool, msgspec.Meta(description="true or false")]
 Text = Annotated[str, msgspec.Meta(description="text")]
 Folder = Annotated[Path, msgspec.Meta(description="a folder")]
 Dtype = Annotated[Literal["fp32", "bf16"], msgspec.Meta(description="fp32 or bf16")]
+DraftDtype = Annotated[Literal["fp32", "bf16", "int8"], msgspec.Meta(description="fp32, bf16 or int8")]
+Numerics = Annotated[Literal["invariant", "fast"], msgspec.Meta(description="invariant or fast")]
+Number = Annotated[float, msgspec.Meta(ge=0, le=1e9, description="a number, 0 or more")]
 Listen = Annotated[
     str,
     msgspec.Meta(
@@ -100,9 +103,10 @@ class DraftConfig:
     listen: Listen = _LOCAL
     enabled: Switch = True
     model: Folder = _DEMO_DRAFT
-    dtype: Dtype = "fp32"
+    dtype: DraftDtype = "fp32"
     threads: Count = 1
     tokens: DraftTokens = 4  # proposals a round
+    margin: Number = 0.0  # a token that leads the next best by less is a round's last
     cache_tokens: Count = 65_536
 
 
@@ -113,10 +117,12 @@ class TargetConfig:
     listen: Listen = _LOCAL
     model: Folder = _DEMO_TARGET
     dtype: Dtype = "fp32"
-    threads: Count = 1  # more pay only where no other process wants the cores: each operation waits for all of them
+    numerics: Numerics = "invariant"  # fast: torch may round otherwise for another batch
+    threads: Count = 1
     cache_tokens: Count = 65_536
-    max_sequences: Count = 64
-    prefill_chunk: Count = 256  # prompt tokens a forward pass
+    max_requests: Count = 256  # waiting ones included; more are refused
+    token_budget: Count = 512  # tokens a forward pass
+    prefill_chunk: Count = 256  # prompt tokens of one request a forward pass
     kv_store: Switch = True
 
 

@@ -77,7 +77,7 @@ class Committer:
                 sampled.token_ids,
                 drafted=sampled.drafted,
                 accepted=sampled.accepted,
-                cached_prompt_tokens=session.cached_tokens if writer.log.epoch_passes == 0 else 0,
+                cached_prompt_tokens=session.generation.cached if writer.log.epoch_passes == 0 else 0,
             )
             final = await self._settle(session, effect)
             if isinstance(final, CancelledByClient):

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
+from countersign.services.engine.speculation import Draft
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.target.backoff import Backoff
@@ -31,8 +32,8 @@ class Drafts:
         self._log = log
         self._held: dict[str, int] = {}
 
-    async def propose(self, sessions: Sequence[Session]) -> dict[str, tuple[int, ...]]:
-        """Proposals by request id, for those that can use one; {} when the draft does not answer."""
+    async def propose(self, sessions: Sequence[Session]) -> dict[str, Draft]:
+        """Proposals by request id for these sessions, which decode next; {} when the draft does not answer."""
         asks = [ask for ask in map(self._ask, sessions) if ask is not None]
         if not asks or self._backoff.resting:
             return {}
@@ -62,19 +63,20 @@ class Drafts:
     def _ask(self, session: Session) -> DraftSequence | None:
         # The pass itself gives one token beyond the proposals: asking for the last one would be wasted.
         count = min(self._tokens, session.opened.sampling.max_tokens - session.output_tokens - 1)
-        if not session.drafts or not session.runnable or session.prefilling or count < 1:
+        if not session.drafts or count < 1:
             return None
-        base = min(self._held.get(session.request_id, 0), len(session.tokens) - 1)
+        tokens = session.generation.tokens
+        base = min(self._held.get(session.request_id, 0), len(tokens) - 1)
         return DraftSequence(
             request_id=session.request_id,
             base=base,
-            token_ids=session.tokens[base:],
+            token_ids=tokens[base:],
             count=count,
             sampling=session.opened.sampling,
         )
 
-    def _results(self, asks: Sequence[DraftSequence], response: ProposeResponse) -> dict[str, tuple[int, ...]]:
-        proposals: dict[str, tuple[int, ...]] = {}
+    def _results(self, asks: Sequence[DraftSequence], response: ProposeResponse) -> dict[str, Draft]:
+        proposals: dict[str, Draft] = {}
         for ask, proposal in zip(asks, response.proposals, strict=False):
             if proposal.request_id != ask.request_id:
                 continue
@@ -82,7 +84,7 @@ class Drafts:
                 # What was sent counts as held, the proposals do not: they may be rejected.
                 self._held[ask.request_id] = ask.base + len(ask.token_ids)
                 ids = proposal.tokens.ids[: ask.count]
-                proposals[ask.request_id] = tuple(takewhile(lambda token: token < self._vocabulary_size, ids))
+                proposals[ask.request_id] = Draft(tuple(takewhile(lambda token: token < self._vocabulary_size, ids)))
             else:
                 self._held[ask.request_id] = 0
         return proposals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
 from countersign.services.protocol.keys import chain_keys, root_key
 from countersign.services.runtime.bus import Bus
@@ -31,33 +32,32 @@ TTL_MS = 10_000
 MAX_KEYS = 512
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixKeys:
+    """The chained keys of the full blocks of a sequence (DESIGN.md section 7) of one model and cache format."""
+
+    weights: bytes
+    cache_format: str
+
+    def __call__(self, tenant: str, token_ids: Sequence[int]) -> list[bytes]:
+        return chain_keys(root_key(self.weights, self.cache_format, tenant), token_ids)[:MAX_KEYS]
+
+
 class Prefixes:
     """The kv service as one target sees it; ``holder`` is the target's instance."""
 
-    def __init__(
-        self,
-        bus: Bus,
-        holder: str,
-        weights: bytes,
-        cache_format: str,
-        clock: Callable[[], float],
-        log: logging.Logger,
-    ) -> None:
+    def __init__(self, bus: Bus, holder: str, clock: Callable[[], float], log: logging.Logger) -> None:
         self._bus = bus
         self._holder = holder
-        self._weights = weights
-        self._format = cache_format
         self._backoff = Backoff(clock)
         self._log = log
         self._channels: dict[str, Channel] = {}
 
-    def keys(self, tenant: str, token_ids: Sequence[int]) -> list[bytes]:
-        """The chained keys of the full blocks of a sequence (DESIGN.md section 7)."""
-        return chain_keys(root_key(self._weights, self._format, tenant), token_ids)[:MAX_KEYS]
-
-    async def fetch(self, request_id: str, keys: Sequence[bytes]) -> list[bytes]:
-        """The data of the longest stored prefix of ``keys``; [] when nothing is stored or the store does not answer."""
-        if not keys or self._backoff.resting:
+    async def fetch(self, request_id: str, keys: Sequence[bytes], first: int) -> list[bytes]:
+        """The data of the longest stored prefix of ``keys``, from block ``first`` on; [] when no more is stored, or the
+        store does not answer.
+        """
+        if len(keys) <= first or self._backoff.resting:
             return []
         holder = f"{self._holder}/{request_id}"
         try:
@@ -66,7 +66,7 @@ class Prefixes:
             if not found.found:
                 self._backoff.answered()
                 return []
-            blocks = await self._get(found.address, holder, keys[: found.found])
+            blocks = await self._get(found.address, holder, keys[first : found.found])
             await self._release(holder)
         except CountersignError as error:
             self._backoff.failed()

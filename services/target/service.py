@@ -6,12 +6,15 @@ import platform
 import time
 from pathlib import Path
 
+import torch
 from google.protobuf.descriptor import ServiceDescriptor
 
 from countersign import __version__
 from countersign.services.engine.config import ModelConfig
-from countersign.services.engine.errors import CheckpointError
+from countersign.services.engine.engine import Engine, Generation
+from countersign.services.engine.errors import CheckpointError, EngineError, RequestTooLarge
 from countersign.services.engine.kv import PagedCache
+from countersign.services.engine.model import Model, load_model
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import Tokenizer
 from countersign.services.protocol.commit import replay
@@ -20,17 +23,17 @@ from countersign.services.protocol.events import CancelledByClient
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.protocol.writer import Writer
 from countersign.services.runtime.clock import wall_ms
+from countersign.services.runtime.config import TargetConfig
 from countersign.services.runtime.errors import DataLoss, FailedPrecondition, ResourceExhausted, Unavailable, translated
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.service import Call, Context
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
 from countersign.services.target.loop import TargetLoop
-from countersign.services.target.prefixes import Prefixes
+from countersign.services.target.prefixes import Prefixes, PrefixKeys
 from countersign.services.target.receipts import ReceiptMaker
 from countersign.services.target.session import Session
 from countersign.services.target.stopping import Stopper
-from countersign.services.target.verifier import Verifier
 from countersign.v1 import target_pb2
 from countersign.v1.commit_pb2 import Opened
 from countersign.v1.registry_pb2 import Instance
@@ -39,9 +42,8 @@ from countersign.v1.target_pb2 import RefreshRequest, RefreshResponse, StartRequ
 from countersign.verify.errors import KeyFileError
 from countersign.verify.keys import load_or_create_signing_key, write_public
 
-QUEUE_FACTOR = 4
 # Layout of an exported block (engine/kv.py); another layout gets another name, and so other keys.
-CACHE_FORMAT = "layers-kv-tokens-heads-size/1"
+CACHE_FORMAT = "layers-kv-heads-page/2"
 
 
 class TargetService:
@@ -55,25 +57,25 @@ class TargetService:
         info: ModelInfo,
         config: ModelConfig,
         tokenizer: Tokenizer,
-        cache: PagedCache,
+        keys: PrefixKeys,
         journal: Journal,
         loop: TargetLoop,
         committer: Committer,
         *,
-        queue: int,
+        most: int,
     ) -> None:
         self._instance = instance
         self._info = info
         self._config = config
         self._tokenizer = tokenizer
-        self._cache = cache
+        self._keys = keys
         self._journal = journal
         self._loop = loop
         self._committer = committer
-        self._queue = queue
+        self._most = most
 
     async def run(self) -> None:
-        await self._loop.run(self._committer)
+        await self._loop.run()
 
     async def close(self) -> None:
         await self._loop.close()
@@ -100,9 +102,9 @@ class TargetService:
                 reason="OLD_EPOCH",
                 help="try again",
             )
-        if self._loop.sessions >= self._queue:
+        if self._loop.sessions >= self._most:
             raise ResourceExhausted(
-                f"target {self._instance} has {self._queue} requests already",
+                f"target {self._instance} has {self._most} requests already",
                 reason="TARGET_FULL",
                 help="try again later",
             )
@@ -112,7 +114,8 @@ class TargetService:
             session = self._session(writer, self._opened(writer))
             if isinstance(writer.stop, CancelledByClient):
                 session.cancel()
-            self._loop.add(session)
+            with translated(RequestTooLarge, FailedPrecondition, about=request.request_id, reason="TOO_LARGE"):
+                self._loop.add(session, self._committer)
         return StartResponse(sequence=writer.log.sequence)
 
     async def Refresh(self, request: RefreshRequest, call: Call) -> RefreshResponse:
@@ -161,15 +164,16 @@ class TargetService:
             request_id=writer.log.request_id,
             opened=opened,
             writer=writer,
-            sequence=self._cache.sequence(),
-            sampling=Sampling(
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                seed=params.seed,
-            ),
             stopper=stopper,
-            tokens=prompt + committed,
+            generation=Generation(
+                writer.log.request_id,
+                prompt + committed,
+                max(params.max_tokens - len(committed), 1),
+                Sampling(params.temperature, params.top_k, params.top_p, params.seed),
+                tenant=opened.tenant,
+                deadline=opened.deadline_unix_ms or None,
+                keys=self._keys(opened.tenant, prompt),
+            ),
             started_unix_ms=wall_ms(),
         )
         # An earlier epoch may have committed the last token and died before it closed the log.
@@ -182,19 +186,17 @@ class TargetService:
 async def create(context: Context) -> TargetService:
     """Load the model of ``target.model`` and the signing key, which is made at the first start.
 
-    Raises FailedPrecondition when the folder is not understood (BAD_CHECKPOINT) or the key unreadable (BAD_KEY_FILE).
+    Raises FailedPrecondition when the folder is not understood (BAD_CHECKPOINT), cannot be computed here
+    (BAD_CONFIGURATION), or the key is unreadable (BAD_KEY_FILE).
     """
-    import torch
-
-    from countersign.services.engine.model import load_model
-
     config = context.config.target
-    torch.set_num_threads(config.threads)
-    with translated(
-        CheckpointError, FailedPrecondition, reason="BAD_CHECKPOINT", help="set target.model to a Hugging Face folder"
-    ):
-        model, tokenizer = load_model(config.model, dtype=config.dtype), Tokenizer(config.model)
-    cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
+    model = _load(config)
+    engine = Engine.of(
+        model,
+        PagedCache(model.config, config.dtype, tokens=config.cache_tokens),
+        config.token_budget,
+        config.prefill_chunk,
+    )
     with translated(
         KeyFileError, FailedPrecondition, reason="BAD_KEY_FILE", help="mend the file, or remove it for a new key"
     ):
@@ -205,40 +207,41 @@ async def create(context: Context) -> TargetService:
         weights_sha256=model.digests.weights,
         tokenizer_sha256=model.digests.tokenizer,
         config_sha256=model.digests.config,
-        context_length=min(model.config.context_length, config.cache_tokens),
+        context_length=min(model.config.context_length, engine.scheduler.fits),
         vocabulary_size=model.config.vocabulary_size,
         dtype=config.dtype,
         receipt_key=key.public_key().public_bytes_raw(),
         drafting=context.config.draft.enabled,
     )
-    build = f"countersign/{__version__} torch/{torch.__version__} python/{platform.python_version()}"
+    build = (
+        f"countersign/{__version__} {model.executor.name} torch/{torch.__version__} python/{platform.python_version()}"
+    )
+    # Executors round differently, so that one's KV is not another's.
+    keys = PrefixKeys(info.weights_sha256, f"{CACHE_FORMAT}/{config.dtype}/{model.executor.name}")
     prefixes = None
     if config.kv_store:
-        cache_format = f"{CACHE_FORMAT}/{config.dtype}"
-        prefixes = Prefixes(
-            context.bus, context.instance, info.weights_sha256, cache_format, time.monotonic, context.log
-        )
+        prefixes = Prefixes(context.bus, context.instance, time.monotonic, context.log)
     drafts = Drafts(context.bus, context.config.draft.tokens, model.config.vocabulary_size, time.monotonic, context.log)
-    loop = TargetLoop(
-        Verifier(model, cache),
-        cache,
-        drafts,
-        prefixes,
-        capacity_tokens=config.cache_tokens,
-        max_sequences=config.max_sequences,
-        chunk=config.prefill_chunk,
-        wall_ms=wall_ms,
-        log=context.log,
-    )
+    loop = TargetLoop(engine, drafts, prefixes, keys, wall_ms=wall_ms, log=context.log)
     committer = Committer(context.journal, ReceiptMaker(key, info, build), wall_ms, loop.wake, context.log)
     return TargetService(
         context.instance,
         info,
         model.config,
-        tokenizer,
-        cache,
+        Tokenizer(config.model),
+        keys,
         context.journal,
         loop,
         committer,
-        queue=config.max_sequences * QUEUE_FACTOR,
+        most=config.max_requests,
     )
+
+
+def _load(config: TargetConfig) -> Model:
+    torch.set_num_threads(config.threads)
+    unfit, bad = "change target.dtype or target.model", "set target.model to a Hugging Face folder"
+    with (
+        translated(EngineError, FailedPrecondition, reason="BAD_CONFIGURATION", help=unfit),
+        translated(CheckpointError, FailedPrecondition, reason="BAD_CHECKPOINT", help=bad),
+    ):
+        return load_model(config.model, dtype=config.dtype, numerics=config.numerics, threads=config.threads)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from countersign.services.engine.kv import CachedSequence
-from countersign.services.engine.sampling import Sampling
+from countersign.services.engine.engine import Generation
 from countersign.services.protocol.writer import Writer
 from countersign.services.target.stopping import Stopper
 from countersign.v1.commit_pb2 import Opened
@@ -31,28 +31,27 @@ class Pass:
 
 @dataclass(slots=True)
 class Session:
-    """Tokens sampled so far, the KV of all but the last, and the passes that wait for the log.
+    """The request in the engine, and the passes that wait for the log.
 
-    ``tokens`` is prompt and output. ``finish`` is set once the answer's last token is sampled, or when it ends
-    otherwise; the committer then closes the log. ``loading`` while its prefix comes from the store; ``done`` once the
-    log is closed or another's.
+    ``finish`` is set once the answer's last token is sampled, or when it ends otherwise; the committer then closes the
+    log. ``loading`` while its prefix comes from the store; ``done`` once the log is closed or another's. ``changed``
+    wakes the committer.
     """
 
     request_id: str
     opened: Opened
     writer: Writer
-    sequence: CachedSequence
-    sampling: Sampling
     stopper: Stopper
-    tokens: list[int]
+    generation: Generation
     loading: bool = False
-    cached_tokens: int = 0
     started_unix_ms: int = 0
     uncommitted: deque[Pass] = field(default_factory=deque)
     finish: FinishReason.ValueType | None = None
     message: str = ""
     done: bool = False
     stored_blocks: int = 0
+    held: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def prompt_tokens(self) -> int:
@@ -60,23 +59,12 @@ class Session:
 
     @property
     def output_tokens(self) -> int:
-        return len(self.tokens) - self.prompt_tokens
+        return len(self.generation.tokens) - self.prompt_tokens
 
     @property
-    def reserved_tokens(self) -> int:
-        """The most tokens whose KV it may ever hold."""
-        return self.prompt_tokens + self.opened.sampling.max_tokens
-
-    @property
-    def prefilling(self) -> bool:
-        """More than the last token is not in the cache yet."""
-        return self.sequence.length < len(self.tokens) - 1
-
-    @property
-    def runnable(self) -> bool:
-        """The next pass may include it."""
-        waits = self.loading or len(self.uncommitted) >= MAX_UNCOMMITTED
-        return self.finish is None and not self.done and not waits
+    def waits(self) -> bool:
+        """No pass may include it now."""
+        return self.loading or self.finish is not None or len(self.uncommitted) >= MAX_UNCOMMITTED
 
     @property
     def drafts(self) -> bool:

@@ -17,6 +17,12 @@ CLASSES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+}
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
 }
 SIZES = {
     "vocab_size": 96,
@@ -37,7 +43,7 @@ def build(family: str, seed: int, **changes: Any) -> Any:
     """A transformers model with every parameter random, norms and biases too."""
     config_class, model_class = CLASSES[family]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**SIZES, **changes}))
+    model = model_class(config_class(**{**SIZES, **EXPERTS.get(family, {}), **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -77,4 +83,12 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A second random model over the same vocabulary: Mistral, with a window smaller than the tests' sequences."""
     folder = tmp_path_factory.mktemp("mistral")
     build("mistral", 2, sliding_window=40).save_pretrained(folder)
+    return load_model(folder)
+
+
+@pytest.fixture(scope="session")
+def routed_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A third over the same vocabulary: Qwen3-MoE, its first layer dense."""
+    folder = tmp_path_factory.mktemp("qwen3_moe")
+    build("qwen3_moe", 3, norm_topk_prob=True, mlp_only_layers=[0], num_hidden_layers=3).save_pretrained(folder)
     return load_model(folder)

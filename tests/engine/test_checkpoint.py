@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from countersign.services.engine.checkpoint import weights_digest
+from countersign.services.engine.checkpoint import read_tensors, weights_digest
+from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.errors import CheckpointError
 from countersign.services.engine.model import Model, load_model
+from countersign.services.engine.weights import RoutedExperts, decoder_weights
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -61,6 +63,34 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder: Path) -> None:
 def test_a_quantised_tensor_is_refused(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({DOWN: torch.zeros(48, 88, dtype=torch.int8)}))
     assert "torch.int8; supported: F32, BF16, F16" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "down"),
+    [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+        ("qwen3_moe", "model.layers.1.mlp.experts.5.down_proj.weight"),
+    ],
+)
+def test_a_missing_expert_is_named(family: str, down: str, build_model: Callable[..., Any], tmp_path: Path) -> None:
+    build_model(family, 5).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.pop(down))
+    assert f"1 tensors are missing: {down}" in refusal(tmp_path)
+
+
+def test_weights_keep_the_type_that_they_have_on_disk(build_model: Callable[..., Any], tmp_path: Path) -> None:
+    build_model("mixtral", 5).to(torch.bfloat16).save_pretrained(tmp_path)
+    tensors, config = read_tensors(tmp_path), ModelConfig.from_folder(tmp_path)
+    weights = decoder_weights(config, tensors)
+    mlp = weights.layers[1].mlp
+    assert isinstance(mlp, RoutedExperts)
+    assert (mlp.router.shape, mlp.gate_up.shape, mlp.down.shape) == ((4, 48), (4, 176, 48), (4, 48, 88))
+    assert mlp.gate_up.dtype is weights.layers[0].qkv.dtype is torch.bfloat16
+    expert = "model.layers.1.block_sparse_moe.experts.2"
+    assert torch.equal(mlp.gate_up[2, :88], tensors[f"{expert}.w1.weight"])
+    assert torch.equal(mlp.gate_up[2, 88:], tensors[f"{expert}.w3.weight"])
+    assert torch.equal(mlp.down[2], tensors[f"{expert}.w2.weight"])
+    assert weights.layers[0].qkv.shape == ((4 + 2 * 2) * 16, 48)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 20_000])

@@ -1,4 +1,4 @@
-"""The same bits alone and in a batch, in any chunks, after imports, in decode and in verify; fp32, compared with ==."""
+"""The same bits alone and in a batch, in any chunks, after imports, in decode, in verify and in trees; fp32, ==."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from countersign.kernels import attention
 from countersign.services.engine import linear
+from countersign.services.engine.eager import EagerExecutor
 from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
 from countersign.services.engine.linear import LinearMode
 from countersign.services.engine.model import Model, Span, load_model
@@ -47,8 +48,13 @@ def reference(model: Model) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def references(model: Model, other_model: Model) -> list[Reference]:
-    return [reference(model), reference(other_model)]
+def references(model: Model, other_model: Model, routed_model: Model) -> list[Reference]:
+    return [reference(model), reference(other_model), reference(routed_model)]
+
+
+def eager(model: Model) -> EagerExecutor:
+    assert isinstance(model.executor, EagerExecutor)
+    return model.executor
 
 
 @dataclass
@@ -87,7 +93,7 @@ def run_schedule(ref: Reference, chosen: list[int], imports: list[int], chunks: 
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
-@given(data=st.data(), which=st.integers(0, 1))
+@given(data=st.data(), which=st.integers(0, 2))
 def test_logits_and_kv_are_the_same_bits_however_a_sequence_is_computed(
     references: list[Reference], data: st.DataObject, which: int
 ) -> None:
@@ -119,8 +125,8 @@ def test_the_fallback_paths_are_taken_when_the_fast_ones_fail_their_tests_and_ar
     monkeypatch.setattr(linear, "is_row_invariant", lambda *_: False)
     monkeypatch.setattr(attention, "is_row_invariant", lambda *_: False)
     model = load_model(checkpoint)
-    assert set(model.paths.linear.values()) == {LinearMode.TILED}
-    assert model.paths.attention is attention.Path.ROW_BY_ROW
+    assert set(eager(model).paths.linear.values()) == {LinearMode.TILED}
+    assert eager(model).paths.attention is attention.Path.ROW_BY_ROW
     cache = PagedCache(model.config, "fp32", 1000)
     first, second = cache.sequence(), cache.sequence()
     whole = model.forward(cache, [Span(first, tokens(2), 90)])
@@ -130,8 +136,95 @@ def test_the_fallback_paths_are_taken_when_the_fast_ones_fail_their_tests_and_ar
         for a, b in ((0, 50), (50, 51), (51, 56), (56, 90))
     ]
     assert torch.equal(torch.cat(parts), whole)
+    tree = Tree(2, 60, [tokens(2)[60], 5, *tokens(2)[61:63]], [-1, -1, 0, 2])
+    assert torch.equal(tree.run(model, cache, [])[[0, 2, 3]], whole[60:63])
 
 
 def test_the_fast_paths_are_the_ones_in_use(model: Model) -> None:
-    assert set(model.paths.linear.values()) == {LinearMode.PREPACKED}
-    assert model.paths.attention is attention.Path.FLASH_CPU
+    assert set(eager(model).paths.linear.values()) == {LinearMode.PREPACKED}
+    assert eager(model).paths.attention is attention.Path.FLASH_CPU
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Proposals behind the first ``base`` tokens of a sequence."""
+
+    index: int
+    base: int
+    token_ids: list[int]
+    parents: list[int]
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from a root to this one."""
+        return ([] if self.parents[node] < 0 else self.path(self.parents[node])) + [node]
+
+    def grown(self, model: Model, cache: PagedCache) -> CachedSequence:
+        sequence = cache.sequence()
+        model.forward(cache, [Span(sequence, tokens(self.index)[: self.base], 0)])
+        return sequence
+
+    def run(self, model: Model, cache: PagedCache, beside: list[Span]) -> Tensor:
+        """The logits of every node."""
+        sequence = self.grown(model, cache)
+        span = Span(sequence, self.token_ids, len(self.token_ids), self.parents)
+        return model.forward(cache, [*beside, span])[sum(span.logits for span in beside) :]
+
+    def decoded(self, model: Model) -> list[Tensor]:
+        """The logits of every node, decoded token by token along the path to it, alone."""
+        cache = PagedCache(model.config, "fp32", 1024)
+        sequence, rows = self.grown(model, cache), []
+        for node in range(len(self.token_ids)):
+            for step in self.path(node):
+                row = model.forward(cache, [Span(sequence, [self.token_ids[step]])])
+            rows.append(row[0])
+            sequence.truncate(self.base)
+        return rows
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> Tree:
+    """Bushy, slim and chain-like ones, around the edges of pages and of attention's chunks of 512 keys."""
+    base = draw(st.sampled_from((1, 14, 16, 40, 494, 500, 507, 511, 512, 513, 600)))
+    size, reach = draw(st.integers(1, 14)), draw(st.sampled_from((1, 2, 5, 14)))
+    parents = [draw(st.integers(max(-1, node - reach), node - 1)) for node in range(size)]
+    return Tree(0, base, draw(st.lists(st.integers(0, 95), min_size=size, max_size=size)), parents)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    chosen=st.lists(trees(), min_size=1, max_size=2), which=st.integers(0, 2), chunk=st.sampled_from((0, 1, 33, 300))
+)
+def test_a_trees_nodes_have_the_bits_of_plain_decode_along_their_paths(
+    references: list[Reference], chosen: list[Tree], which: int, chunk: int
+) -> None:
+    model = references[which].model
+    cache = PagedCache(model.config, "fp32", 4000)
+    decoding, filling = cache.sequence(), cache.sequence()
+    model.forward(cache, [Span(decoding, tokens(1)[:520], 0)])
+    spans = [Span(tree.grown(model, cache), tree.token_ids, len(tree.token_ids), tree.parents) for tree in chosen]
+    beside = [Span(decoding, tokens(1)[520:521]), *([Span(filling, tokens(3)[:1] * chunk, 0)] if chunk else [])]
+    logits = model.forward(cache, [*spans, *beside])
+    assert torch.equal(logits[-1], references[which].logits[1][520])
+    for tree, span, rows in zip(chosen, spans, torch.split(logits[:-1], [span.logits for span in spans]), strict=True):
+        assert torch.equal(rows, torch.stack(tree.decoded(model)))
+        keep_longest(model, cache, tree, span.sequence)
+    cache.check_integrity()
+
+
+def keep_longest(model: Model, cache: PagedCache, tree: Tree, sequence: CachedSequence) -> None:
+    """Accepts the path to the last node: what follows has the bits of a sequence without any tree."""
+    path = tree.path(len(tree.token_ids) - 1)
+    sequence.compact(tree.base, path)
+    plain = tree.grown(model, cache)
+    model.forward(cache, [Span(plain, [tree.token_ids[node] for node in path], 0)])
+    after = model.forward(cache, [Span(sequence, [7]), Span(plain, [7])])
+    assert torch.equal(after[0], after[1])
+    assert sequence.length == tree.base + len(path) + 1
+
+
+def test_a_tree_too_deep_for_one_attention_call_with_others_is_right(references: list[Reference]) -> None:
+    tree = Tree(0, 500, [*tokens(0)[500:560], 3, 4], [*range(-1, 59), 20, 60])
+    model = references[1].model
+    logits = tree.run(model, PagedCache(model.config, "fp32", 1000), [])
+    assert torch.equal(logits[:60], references[1].logits[0][500:560])
+    assert torch.equal(logits[60:], torch.stack(tree.decoded(model)[60:]))

@@ -37,7 +37,7 @@ def test_a_row_has_the_same_bits_in_any_batch(
     kind: type[PrepackedLinear | TiledLinear], shape: tuple[int, int], rows: int, row: int, place: int
 ) -> None:
     product, x = kind(normal(*shape), None), normal(300, shape[1])
-    batch = normal(linear.padded_rows(rows), shape[1]) * 3
+    batch = normal(rows, shape[1]) * 3
     place %= len(batch)
     batch[place] = x[row]
     assert torch.equal(product(batch)[place], product(x[row].expand(4, -1))[0])
@@ -76,12 +76,37 @@ def test_the_packer_tries_each_shape_once_and_tells_the_mode(monkeypatch: pytest
     assert tried == [64, 200, 2048]
 
 
+def test_the_prepacked_product_sees_only_row_counts_that_were_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    product, rows, plain = PrepackedLinear(normal(8, 16), None), [], PrepackedLinear._product
+
+    def recorded(self: PrepackedLinear, x: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return plain(self, x)
+
+    monkeypatch.setattr(PrepackedLinear, "_product", recorded)
+    for count in (1, 5, 256, 517):
+        assert product(normal(count, 16)).shape == (count, 8)
+    assert rows == [4, 8, 256, 256, 256, 8]
+
+
+def test_fast_numerics_take_torchs_product_without_a_trial() -> None:
+    packer, weight, x = LinearPacker("fast"), normal(8, 16), normal(5, 16)
+    product = packer.pack(weight)
+    assert packer.modes == {(8, 16): LinearMode.PLAIN}
+    assert torch.equal(product(x), F.linear(x, weight))
+
+
 def test_without_onednn_products_are_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert LinearPacker().pack(normal(8, 16)).mode is LinearMode.TILED
 
 
-def test_tiles_always_have_16_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_on_another_device_are_tiled() -> None:
+    assert not linear.has_prepacked(torch.empty(8, 16, device="meta"))
+    assert linear.has_prepacked(torch.empty(8, 16))
+
+
+def test_tiles_always_have_16_rows_on_cpu_and_128_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     product, rows, plain = TiledLinear(normal(8, 16), None), [], F.linear
 
     def recorded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -89,5 +114,7 @@ def test_tiles_always_have_16_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(x, weight, bias)
 
     monkeypatch.setattr(F, "linear", recorded)
-    assert product(normal(36, 16)).shape == (36, 8)
+    assert product(normal(37, 16)).shape == (37, 8)
     assert rows == [16, 16, 16]
+    assert TiledLinear(torch.empty(8, 16, device="meta"), None)(torch.empty(130, 16, device="meta")).shape == (130, 8)
+    assert rows[3:] == [128, 128]

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from countersign.services.engine.config import Llama3Scaling
+from countersign.services.engine.eager import EagerExecutor
 from countersign.services.engine.kv import PagedCache
+from countersign.services.engine.linear import LinearMode
 from countersign.services.engine.model import Model, Span, load_model
 
 TOLERANCE = 2e-4
@@ -23,6 +26,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -35,7 +39,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
     "mistral-window": ("mistral", {"sliding_window": 7}),
     "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "mixtral": ("mixtral", {}),
+    "mixtral-window": ("mixtral", {"sliding_window": 7, "num_local_experts": 3, "num_experts_per_tok": 1}),
+    "qwen3-moe": ("qwen3_moe", {}),
+    "qwen3-moe-shares-add-to-one": ("qwen3_moe", {"norm_topk_prob": True, "num_experts_per_tok": 6}),
+    "qwen3-moe-every-second-layer": ("qwen3_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 3}),
+    "qwen3-moe-dense-first-layer": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "linear-scaling": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}}),
+    "yarn": ("llama", {"rope_parameters": YARN}),
+    "yarn-qwen2": ("qwen2", {"hidden_size": 64, "rope_parameters": {**YARN, "factor": 2.0}}),
+    "yarn-qwen3": ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.5}}),
+    "yarn-qwen3-moe": ("qwen3_moe", {"rope_parameters": {**YARN, "beta_fast": 2.0, "beta_slow": 0.5}}),
+    "yarn-not-truncated": ("mistral", {"rope_parameters": {**YARN, "truncate": False}, "sliding_window": None}),
+    "yarn-mscale": ("mixtral", {"rope_parameters": {**YARN, "mscale": 2.0, "mscale_all_dim": 0.5}}),
 }
+
+
+def eager(model: Model) -> EagerExecutor:
+    assert isinstance(model.executor, EagerExecutor)
+    return model.executor
 
 
 def prompt(length: int = 150) -> list[int]:
@@ -102,7 +124,7 @@ def test_both_ways_of_writing_rotary_parameters_mean_the_same(build_model: Calla
     file.write_text(json.dumps(fields))
     old = load_model(tmp_path)
     assert old.config == new.config
-    assert old.config.rope.type == "llama3"
+    assert isinstance(old.config.rope.scaling, Llama3Scaling)
     assert old.digests == new.digests
 
 
@@ -111,3 +133,32 @@ def test_bf16_stays_close_to_fp32(checkpoint: Path, model: Model) -> None:
     exact, rough = prefill(model, token_ids), prefill(load_model(checkpoint, dtype="bf16"), token_ids)
     assert rough.dtype is torch.float32
     assert torch.cosine_similarity(exact, rough).min() > 0.99
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_fast_numerics_agree_with_transformers_too(
+    family: str, build_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    expected_model = build_model(family, 15)
+    expected_model.save_pretrained(tmp_path)
+    model, token_ids = load_model(tmp_path, numerics="fast"), prompt(300)
+    assert set(eager(model).paths.linear.values()) == {LinearMode.PLAIN}
+    assert eager(model).paths.attention is None
+    expected = oracle(expected_model, token_ids)
+    assert (prefill(model, token_ids) - expected).abs().max() <= TOLERANCE
+    cache = PagedCache(model.config, "fp32", 2048)
+    first, second, tree = cache.sequence(), cache.sequence(), cache.sequence()
+    model.forward(
+        cache, [Span(first, token_ids[:250], 0), Span(second, token_ids[:3], 0), Span(tree, token_ids[:99], 0)]
+    )
+    branches = [token_ids[99], 5, token_ids[100], token_ids[101]]
+    logits = model.forward(
+        cache,
+        [
+            Span(first, token_ids[250:], 50),
+            Span(second, token_ids[3:4]),
+            Span(tree, branches, 4, parents=[-1, -1, 0, 2]),
+        ],
+    )
+    assert (logits[:50] - expected[250:]).abs().max() <= TOLERANCE
+    assert (logits[[50, 51, 53, 54]] - expected[[3, 99, 100, 101]]).abs().max() <= TOLERANCE

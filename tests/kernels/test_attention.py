@@ -121,3 +121,15 @@ def test_a_call_that_is_not_padded_is_refused() -> None:
 @pytest.mark.parametrize(("given_rows", "queries", "keys"), [(0, 0, 0), (1, 4, 512), (4, 4, 512), (513, 516, 1024)])
 def test_padding_goes_to_the_next_multiple(given_rows: int, queries: int, keys: int) -> None:
     assert (attention.padded_queries(given_rows), attention.padded_keys(given_rows)) == (queries, keys)
+
+
+def test_fast_attention_follows_the_equation_at_any_size() -> None:
+    q, k, v = tokens(2, 5, 48)
+    mask = Mask.causal(torch.stack((torch.arange(20, 25), torch.arange(43, 48))), 48, 30, torch.float32)
+    out = attention.attend_fast(q, k, v, mask, scale=0.25)
+    expected, _ = attention.reference(q.double(), k.double(), v.double(), mask.bias.double(), 0.25)
+    assert torch.allclose(out.double(), expected, atol=1e-5)
+
+
+def test_other_devices_take_the_slow_path() -> None:
+    assert attention.select_path(4, 2, 64, torch.float32, "meta") is Path.ROW_BY_ROW

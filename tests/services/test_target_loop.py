@@ -5,28 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import pytest
 
+from countersign.services.engine.engine import Engine, Generation, Ran, Step
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
 from countersign.services.engine.model import Model, load_model
-from countersign.services.engine.sampling import Sampling
+from countersign.services.engine.scheduler import Scheduler
+from countersign.services.engine.speculation import Draft
 from countersign.services.protocol.commit import LogState, encode, replay
 from countersign.services.protocol.driver import settle
 from countersign.services.protocol.opener import Opener
 from countersign.services.protocol.subjects import commit_subject, receipt_subject
 from countersign.services.protocol.writer import Writer
-from countersign.services.target.batch import Work
 from countersign.services.target.committer import Committer
 from countersign.services.target.loop import TargetLoop
+from countersign.services.target.prefixes import PrefixKeys
 from countersign.services.target.receipts import ReceiptMaker
 from countersign.services.target.session import Session
 from countersign.services.target.stopping import Stopper
-from countersign.services.target.verifier import Result, Verifier
 from countersign.v1.commit_pb2 import Cancelled, Opened
 from countersign.v1.router_pb2 import ModelInfo
 from countersign.v1.sampling_pb2 import Drafting, FinishReason, SamplingParams
@@ -81,7 +82,7 @@ class MemoryJournal:
 
 
 class NoDrafts:
-    async def propose(self, sessions: Sequence[Session]) -> dict[str, tuple[int, ...]]:
+    async def propose(self, sessions: Sequence[Session]) -> dict[str, Draft]:
         return {}
 
     async def forget(self, request_id: str) -> None:
@@ -95,10 +96,7 @@ class MemoryPrefixes:
     offered: dict[str, int] = field(default_factory=dict)
     slow: asyncio.Event | None = None
 
-    def keys(self, tenant: str, token_ids: Sequence[int]) -> list[bytes]:
-        return [bytes(32)] * (len(token_ids) // PAGE_TOKENS)
-
-    async def fetch(self, request_id: str, keys: Sequence[bytes]) -> list[bytes]:
+    async def fetch(self, request_id: str, keys: Sequence[bytes], first: int) -> list[bytes]:
         if self.slow is not None:
             await self.slow.wait()
         return []
@@ -111,14 +109,16 @@ class MemoryPrefixes:
         """Nothing is open."""
 
 
-class Watching(Verifier):
-    """Notes how many requests were in a pass at most."""
+class Watching(Engine):
+    """Notes how many requests were in a pass at most, and how many were preempted."""
 
-    most = 0
+    most = preempted = 0
 
-    def step(self, works: Sequence[Work]) -> list[Result]:
-        self.most = max(self.most, len(works))
-        return super().step(works)
+    def run(self, step: Step, skip: Collection[str] = ()) -> Ran:
+        ran = super().run(step, skip)
+        self.most = max(self.most, len(ran.computed))
+        self.preempted += len(step.plan.preempted)
+        return ran
 
 
 @dataclass
@@ -127,8 +127,8 @@ class House:
     journal: MemoryJournal
     prefixes: MemoryPrefixes
     loop: TargetLoop
-    cache: PagedCache
-    verifier: Watching
+    engine: Watching
+    committer: Committer
 
     async def add(self, name: str, max_tokens: int, prompt: Sequence[int] = PROMPT, timeout_ms: int = 0) -> Session:
         sampling = SamplingParams(max_tokens=max_tokens, top_p=1.0)
@@ -147,13 +147,11 @@ class House:
             request_id=name,
             opened=opened,
             writer=Writer(opener.log, epoch=1, instance="t"),
-            sequence=self.cache.sequence(),
-            sampling=Sampling(0.0, 0, 1.0, 0),
             stopper=Stopper(frozenset(), max_tokens),
-            tokens=list(prompt),
+            generation=Generation(name, list(prompt), max_tokens, deadline=opened.deadline_unix_ms or None),
             started_unix_ms=now_ms(),
         )
-        self.loop.add(session)
+        self.loop.add(session, self.committer)
         return session
 
     async def idle(self) -> None:
@@ -172,28 +170,19 @@ def now_ms() -> int:
 
 
 @asynccontextmanager
-async def house(model: Model, *, capacity: int = 4096, most: int = 8) -> AsyncIterator[House]:
+async def house(model: Model, *, capacity: int = 4096) -> AsyncIterator[House]:
     journal, prefixes, log = MemoryJournal(), MemoryPrefixes(), logging.getLogger("test")
     cache = PagedCache(model.config, "fp32", tokens=capacity)
-    verifier = Watching(model, cache)
-    loop = TargetLoop(
-        verifier,
-        cache,
-        cast("Any", NoDrafts()),
-        cast("Any", prefixes),
-        capacity_tokens=capacity,
-        max_sequences=most,
-        chunk=16,
-        wall_ms=now_ms,
-        log=log,
-    )
+    engine = Watching(model, cache, Scheduler(cache.free_tokens // PAGE_TOKENS, chunk=16))
+    keys = PrefixKeys(bytes(32), "test")
+    loop = TargetLoop(engine, cast("Any", NoDrafts()), cast("Any", prefixes), keys, wall_ms=now_ms, log=log)
     digest = bytes(range(32))
     info = ModelInfo(name="tiny", weights_sha256=digest, tokenizer_sha256=digest, config_sha256=digest, dtype="fp32")
     maker = ReceiptMaker(signing_key(), info, "test")
     committer = Committer(cast("Any", journal), maker, now_ms, loop.wake, log)
-    running = asyncio.create_task(loop.run(committer))
+    running = asyncio.create_task(loop.run())
     try:
-        yield House(model, journal, prefixes, loop, cache, verifier)
+        yield House(model, journal, prefixes, loop, engine, committer)
         assert not running.done(), running
     finally:
         running.cancel()
@@ -206,7 +195,7 @@ async def test_every_request_ends_with_all_tokens_and_the_receipt_that_closed_it
     model: Model,
 ) -> None:
     async with house(model) as here:
-        free = here.cache.free_tokens
+        free = here.engine.cache.free_tokens
         for index in range(6):
             await here.add(f"r{index}", max_tokens=5 + index)
         await here.idle()
@@ -216,9 +205,9 @@ async def test_every_request_ends_with_all_tokens_and_the_receipt_that_closed_it
             assert log.closed is not None
             last = here.journal.subjects[receipt_subject(f"r{index}")][-1]
             assert receipt_digest(last.data) == log.closed.receipt_sha256
-        assert here.cache.free_tokens == free
-        here.cache.check_integrity()
-        assert here.verifier.most > 1
+        assert here.engine.cache.free_tokens == free
+        here.engine.cache.check_integrity()
+        assert here.engine.most > 1
 
 
 async def test_a_cancel_between_receipt_and_closed_wins_and_the_receipt_says_so(model: Model) -> None:
@@ -272,13 +261,21 @@ async def test_only_blocks_of_committed_tokens_are_offered_to_the_store(model: M
         assert here.prefixes.offered["r"] == (committed - 1) // PAGE_TOKENS
 
 
-async def test_requests_run_together_only_while_their_kv_is_sure_to_fit(model: Model) -> None:
-    async with house(model, capacity=200) as here:
-        for index in range(3):
-            await here.add(f"r{index}", max_tokens=40)
+async def test_requests_whose_kv_does_not_fit_together_are_preempted_and_all_end_with_their_own_tokens(
+    model: Model,
+) -> None:
+    async with house(model) as here:
+        await here.add("alone", max_tokens=80)
         await here.idle()
-        assert here.verifier.most == 1
-        assert all(len(here.journal.log(f"r{index}").tokens) == 40 for index in range(3))
+        expected = here.journal.log("alone").token_ids
+    async with house(model, capacity=272) as here:
+        for index in range(4):
+            await here.add(f"r{index}", max_tokens=80)
+        await here.idle()
+        assert here.engine.most > 1
+        assert here.engine.preempted > 0
+        assert all(here.journal.log(f"r{index}").token_ids == expected for index in range(4))
+        here.engine.check()
 
 
 async def test_a_deadline_that_passes_while_a_prefix_loads_ends_the_request_and_nothing_breaks(model: Model) -> None:

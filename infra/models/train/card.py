@@ -17,8 +17,9 @@ from countersign.cli.prompts import heldout_prompts
 from countersign.services.draft.proposer import Ask, Proposer
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, Span, load_model
+from countersign.services.engine.runner import Runner, Work
 from countersign.services.engine.sampling import Sampling
-from countersign.services.engine.speculation import accept_chain
+from countersign.services.engine.speculation import Draft
 from countersign.services.engine.text import Tokenizer
 
 MODELS = Path(__file__).resolve().parents[1]
@@ -88,17 +89,15 @@ def _answer(
 ) -> list[tuple[Sequence[int], Sequence[int]]]:
     """(proposals, tokens) of each pass until ``TOKENS`` tokens are there."""
     cache = PagedCache(target.config, "fp32", tokens=4096)
-    sequence, ids = cache.sequence(), list(prompt)
+    runner, sequence, ids = Runner(target, cache), cache.sequence(), list(prompt)
     target.forward(cache, [Span(sequence, ids[:-1], 0)])
     rounds: list[tuple[Sequence[int], Sequence[int]]] = []
     while len(ids) < len(prompt) + TOKENS:
         result = proposer.propose([Ask(name, 0, tuple(ids), DRAFTS, sampling)])[0]
         proposals = () if isinstance(result, int) else result
-        rows = target.forward(cache, [Span(sequence, (ids[-1], *proposals), len(proposals) + 1)])
-        emitted = list(accept_chain(rows, len(ids), proposals, sampling))
-        sequence.truncate(len(ids) + len(emitted) - 1)
-        ids += emitted
-        rounds.append((proposals, emitted))
+        [outcome] = runner.run([Work(sequence, ids[-1:], sampling, Draft(proposals))])
+        ids += outcome.token_ids
+        rounds.append((proposals, outcome.token_ids))
     return rounds
 
 

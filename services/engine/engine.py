@@ -1,0 +1,268 @@
+"""Requests in, tokens out: the scheduler, the paged cache, the model and sampling, joined.
+
+A step is :meth:`Engine.plan`, :meth:`Engine.run`, :meth:`Engine.settle`. ``run`` alone touches the model and the cache
+and may take place in a thread of its own, in which whatever else touches the cache then runs as well; all other
+methods belong to the caller's thread. What ends an answer is the caller's business: it keeps of the new tokens those
+that belong to it, and removes the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Protocol
+
+from countersign.services.engine.errors import EngineError
+from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
+from countersign.services.engine.model import Model
+from countersign.services.engine.runner import Outcome, Runner, Work
+from countersign.services.engine.sampling import Allowed, Sampling
+from countersign.services.engine.scheduler import Plan, Request, Scheduler
+from countersign.services.engine.speculation import Draft
+
+_NO_DRAFT = Draft()
+_NO_DRAFTS: Mapping[str, Draft] = MappingProxyType({})
+
+
+class Constraint(Protocol):
+    """What a request's tokens may be, such as a grammar. Its state follows the tokens accepted, never the proposed."""
+
+    def masks(self, draft: Draft) -> Sequence[Allowed | None]:
+        """What may follow the last token accepted, and each proposal: a mask of ``sampling.allow``, or None for all."""
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        """These tokens were sampled."""
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """A request and what became of it so far.
+
+    ``tokens``: prompt and output; more than the prompt at first where an answer goes on. ``keys``: the chained prefix
+    keys of its first full pages, for pages shared between requests; none for none. ``cached``: how many of its tokens
+    had their KV from such pages.
+    """
+
+    id: str
+    tokens: list[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    tenant: str = ""
+    priority: int = 0
+    deadline: int | None = None
+    keys: Sequence[bytes] = ()
+    constraint: Constraint | None = None
+    sequence: CachedSequence | None = None
+    cached: int = 0
+    removed: bool = False
+    prompt_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.tokens)
+
+    @property
+    def generated(self) -> list[int]:
+        """The output."""
+        return self.tokens[self.prompt_tokens :]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A plan, the requests it speaks of, and the draft of each of its decodes."""
+
+    plan: Plan
+    generations: Mapping[str, Generation]
+    drafts: Mapping[str, Draft]
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is computed."""
+        return not (self.plan.decodes or self.plan.prefills)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a pass gave a request that samples: new tokens, how many proposals were offered and accepted, an error."""
+
+    generation: Generation
+    outcome: Outcome
+    drafted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A finished pass: what was computed of each request, and what those that sampled got."""
+
+    computed: Mapping[str, int]
+    adopted: Mapping[str, int]
+    results: Sequence[Result]
+
+
+class Engine:
+    """All requests of one model and cache."""
+
+    @staticmethod
+    def of(model: Model, cache: PagedCache, budget: int = 512, chunk: int = 256) -> Engine:
+        """An engine whose scheduler knows the cache; ``budget`` tokens a pass, ``chunk`` prefill tokens a request."""
+        return Engine(model, cache, Scheduler(cache.free_tokens // PAGE_TOKENS, budget=budget, chunk=chunk))
+
+    def __init__(self, model: Model, cache: PagedCache, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.cache = cache
+        self._runner = Runner(model, cache)
+        self._generations: dict[str, Generation] = {}
+        self._over: list[Generation] = []
+
+    def __len__(self) -> int:
+        return len(self._generations)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._generations
+
+    def submit(self, generation: Generation) -> None:
+        """Lets a request wait for its turn.
+
+        Raises:
+            RequestTooLarge: it could never fit the cache; says how many tokens would.
+            EngineError: see :meth:`Scheduler.submit`.
+        """
+        wanted = generation
+        self.scheduler.submit(
+            Request(wanted.id, wanted.tenant, wanted.priority, len(wanted.tokens), wanted.max_tokens, wanted.deadline)
+        )
+        self._generations[generation.id] = generation
+
+    def remove(self, request_id: str) -> None:
+        """Forgets a request; its pages come back with the next ``run`` or ``sweep``. Unknown ones are fine."""
+        self.scheduler.remove(request_id)
+        generation = self._generations.pop(request_id, None)
+        if generation is not None:
+            generation.removed = True
+            self._over.append(generation)
+
+    def decodes(self) -> list[Generation]:
+        """Those for which a draft is of use in the next pass."""
+        return [self._generations[name] for name in self.scheduler.decodes()]
+
+    def plan(self, now: int = 0, drafts: Mapping[str, Draft] = _NO_DRAFTS) -> Step:
+        """The next pass; ``now`` in the same milliseconds as the deadlines. What has expired is removed."""
+        lengths = {name: len(draft) for name, draft in drafts.items()}
+        plan = self.scheduler.plan(now, self.cache.free_tokens // PAGE_TOKENS, lengths)
+        named = (*plan.decodes, *plan.prefills, *plan.admitted, *plan.preempted)
+        generations = {name: self._generations[name] for name in named}
+        for name in plan.expired:
+            self.remove(name)
+        granted = {name: drafts[name].cut(count) for name, count in plan.decodes.items() if count}
+        return Step(plan, generations, granted)
+
+    def run(self, step: Step, skip: Collection[str] = ()) -> Ran:
+        """Computes a pass. Those of ``skip`` that are admitted get no prefill: their KV comes from elsewhere."""
+        self.sweep(step.generations[name] for name in step.plan.preempted)
+        live = {name: generation for name, generation in step.generations.items() if not generation.removed}
+        adopted = {name: self._adopt(live[name]) for name in step.plan.admitted if name in live}
+        works = {
+            name: _work(live[name], 1, step.drafts.get(name, _NO_DRAFT)) for name in step.plan.decodes if name in live
+        }
+        for name, count in step.plan.prefills.items():
+            if name in live and name not in skip:
+                works[name] = self._prefill(live[name], count)
+        outcomes = self._runner.run(list(works.values())) if works else []
+        results = [
+            Result(live[name], outcome, len(work.draft))
+            for (name, work), outcome in zip(works.items(), outcomes, strict=True)
+            if work.samples or outcome.error
+        ]
+        computed = {name: work.sequence.length for name, work in works.items()}
+        return Ran(computed, {name: tokens for name, tokens in adopted.items() if name not in skip}, results)
+
+    def settle(self, ran: Ran, kept: Mapping[str, Sequence[int]]) -> None:
+        """Tells the scheduler what was computed, and adds to each request those of its new tokens that it keeps."""
+        for result in ran.results:
+            if result.outcome.error:
+                result.generation.keys = ()  # its KV may be what is wrong
+        for name, tokens in ran.adopted.items():
+            if name in self._generations and tokens:
+                self.scheduler.adopted(name, tokens)
+        for name, computed in ran.computed.items():
+            generation = self._generations.get(name)
+            if generation is None:
+                continue
+            new = kept.get(name, ())
+            generation.tokens.extend(new)
+            if generation.constraint is not None:
+                generation.constraint.accept(new)
+            self.scheduler.computed(name, min(computed, len(generation.tokens)), len(generation.tokens))
+
+    def sweep(self, others: Iterable[Generation] = ()) -> None:
+        """Gives back the pages of requests that were removed, and of these."""
+        over, self._over = self._over, []
+        for generation in (*over, *others):
+            if generation.sequence is not None:
+                self._publish(generation)
+                generation.sequence.close()
+                generation.sequence = None
+
+    def check(self) -> None:
+        """Raises:
+        EngineError: the books of the cache or of the scheduler are wrong. For idle moments.
+        """
+        self.cache.check_integrity()
+        self.scheduler.check()
+
+    def _adopt(self, generation: Generation) -> int:
+        """Opens a request's sequence with the pages that others computed; at least one token is left to feed."""
+        generation.sequence = self.cache.sequence()
+        usable = (len(generation.tokens) - 1) // PAGE_TOKENS
+        adopted = self.cache.adopt(generation.sequence, generation.keys[:usable])
+        generation.cached = max(generation.cached, min(adopted, generation.prompt_tokens))
+        return adopted
+
+    def _prefill(self, generation: Generation, count: int) -> Work:
+        work = _work(generation, count, _NO_DRAFT)
+        if work.samples:
+            self._publish(generation)
+        return work
+
+    def _publish(self, generation: Generation) -> None:
+        """Lets others have the pages whose keys are known."""
+        if generation.keys and generation.sequence is not None:
+            full = min(generation.sequence.length, len(generation.tokens)) // PAGE_TOKENS
+            self.cache.publish(generation.sequence, generation.keys[:full])
+
+
+def _work(generation: Generation, count: int, draft: Draft) -> Work:
+    """``count`` tokens at most, then the draft; a sample is wanted if these are all that are known."""
+    sequence = generation.sequence
+    if sequence is None:
+        raise AssertionError(f"request {generation.id} runs and was never admitted")
+    fed = generation.tokens[sequence.length : sequence.length + count]
+    samples = sequence.length + len(fed) == len(generation.tokens)
+    masks = generation.constraint.masks(draft) if samples and generation.constraint is not None else None
+    return Work(sequence, fed, generation.sampling, draft, samples, masks)
+
+
+def complete(engine: Engine, generations: Iterable[Generation]) -> None:
+    """Runs requests to their last token: for programs that want answers and nothing else.
+
+    Raises:
+        EngineError: a request cannot be computed; the others are as they are.
+    """
+    for generation in generations:
+        engine.submit(generation)
+    while len(engine):
+        ran = engine.run(engine.plan())
+        for result in ran.results:
+            if result.outcome.error:
+                raise EngineError(f"request {result.generation.id}: {result.outcome.error}")
+        engine.settle(ran, {result.generation.id: kept_of(result) for result in ran.results})
+        for result in ran.results:
+            if len(result.generation.generated) == result.generation.max_tokens:
+                engine.remove(result.generation.id)
+    engine.sweep()
+
+
+def kept_of(result: Result) -> tuple[int, ...]:
+    """The new tokens that ``max_tokens`` leaves."""
+    left = result.generation.max_tokens - len(result.generation.generated)
+    return result.outcome.token_ids[:left]

@@ -1,0 +1,104 @@
+"""One forward pass over a batch: prefill, decode and verification together, then sampling. Blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from countersign.services.engine.errors import EngineError
+from countersign.services.engine.kv import CachedSequence, PagedCache
+from countersign.services.engine.model import Model
+from countersign.services.engine.sampling import Allowed, Draws, Sampling, draw
+from countersign.services.engine.speculation import Draft, walk
+from countersign.services.engine.step import Span
+
+_NO_DRAFT = Draft()
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens of one sequence to compute: ``token_ids``, the next of those known, then the draft's proposals.
+
+    ``samples``: all known tokens are then computed, and the next one is wanted. ``allowed``: None, or a mask or None
+    for the token after the last known one and after each proposal (structured decoding).
+    """
+
+    sequence: CachedSequence
+    token_ids: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    draft: Draft = _NO_DRAFT
+    samples: bool = True
+    allowed: Sequence[Allowed | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """New tokens, how many of them are accepted proposals, and why the sequence cannot go on, if so.
+
+    Tokens that come with an error stand before the failure and are good.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    accepted: int = 0
+    error: str = ""
+
+
+class Runner:
+    """A model and its paged cache."""
+
+    def __init__(self, model: Model, cache: PagedCache) -> None:
+        self.model, self.cache = model, cache
+
+    def run(self, works: Sequence[Work]) -> list[Outcome]:
+        """Computes every work in one pass; each sequence then holds all its known tokens but the last sampled.
+
+        Rejected proposals leave no KV. A sequence whose logits are not finite fails alone.
+        """
+        spans = [_span(work) for work in works]
+        bases = [work.sequence.length for work in works]
+        try:
+            logits = self.model.forward(self.cache, spans)
+        except EngineError as error:
+            return [Outcome(error=str(error))] * len(works)
+        asks = [_draws(work, base) for work, base in zip(works, bases, strict=True) if work.samples]
+        sampled, row, outcomes = draw(logits, asks, self.model.team), 0, []
+        for work, span, base in zip(works, spans, bases, strict=True):
+            if not work.samples:
+                outcomes.append(Outcome())
+                continue
+            rows = len(work.draft) + 1
+            outcomes.append(self._settle(work, span, base, sampled[row : row + rows]))
+            row += rows
+        return outcomes
+
+    def _settle(self, work: Work, span: Span, base: int, sampled: Sequence[int]) -> Outcome:
+        walked = walk(work.draft, sampled)
+        error = "" if walked.finite else self._failure(span, base + len(work.token_ids) + len(walked.path))
+        fed = len(work.token_ids)
+        if work.draft.parents is None:
+            work.sequence.truncate(base + fed + len(walked.path))
+        else:
+            work.sequence.compact(base, [*range(fed), *(fed + node for node in walked.path)])
+        return Outcome(walked.token_ids, len(walked.path), error)
+
+    def _failure(self, span: Span, position: int) -> str:
+        layer, layers = self.model.first_bad_layer(self.cache, span), self.model.config.layers
+        where = f"layer {layer} of {layers}" if layer < layers else "the output head"
+        return (
+            f"the logits for the token at position {position} are not finite; the first bad numbers come from {where}"
+        )
+
+
+def _span(work: Work) -> Span:
+    fed, draft = len(work.token_ids), work.draft
+    parents = None
+    if draft.parents is not None:
+        parents = [*range(-1, fed - 1), *(fed + parent if parent >= 0 else fed - 1 for parent in draft.parents)]
+    logits = len(draft) + 1 if work.samples else 0
+    return Span(work.sequence, [*work.token_ids, *draft.token_ids], logits, parents)
+
+
+def _draws(work: Work, base: int) -> Draws:
+    first = base + len(work.token_ids)
+    positions = [first, *(first + 1 + depth for depth in work.draft.depths())]
+    return Draws(positions, work.sampling, work.allowed)

@@ -1,0 +1,489 @@
+"""Which requests run in the next forward pass: continuous batching as a pure state machine. No clock, tensor or I/O.
+
+A pass holds decodes (one token each, and proposals to verify) and prefill chunks, under a token budget (SARATHI,
+arXiv 2308.16369). Requests are admitted by KV memory, kept fair between tenants by virtual token counters (VTC, Sheng
+et al., "Fairness in Serving Large Language Models", OSDI 2024), and preempted by recompute when pages run out. Order:
+
+1. Priority to admit from: highest ``priority * aging - s``, s the plan that last admitted from it, or it began to wait.
+2. Its tenant: least virtual counter. Its request: earliest deadline, at most ``patience`` ms away; earliest arrival.
+3. Seniority of who runs: priority, one more for each ``aging`` plans of age; plain priority; earliest arrival.
+4. A pass: decodes, all or least recently run first; prefills by seniority; then whoever is admitted; then proposals.
+5. Short of pages: proposals are cut, then least priority (as in 3), most used tenant, latest arrival is preempted, for
+   whoever comes before it in that order, but never the most senior.
+
+Nobody starves: who comes next waits for room and is not passed by smaller requests; a priority that nobody is admitted
+from gains on the others; and the most senior always runs, whom only those outrank that arrived early enough, a finite
+number. The services (prompt tokens + 2 * output tokens) of two tenants that both wait at one priority differ by at
+most twice (the longest prompt + 2 * what the requests that run at once may put out).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from types import MappingProxyType
+
+from countersign.services.engine.errors import EngineError, RequestTooLarge
+
+PAGE_TOKENS = 16
+# What a token costs its tenant; an output token takes a pass of its own (Sheng et al., section 5).
+PROMPT_WEIGHT = 1
+OUTPUT_WEIGHT = 2
+
+_Key = tuple[int, int, str]
+
+NO_PROPOSALS: Mapping[str, int] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the scheduler must know of a request. ``deadline`` in ms on the clock that gives ``now``."""
+
+    id: str
+    tenant: str
+    priority: int
+    prompt_tokens: int
+    max_tokens: int
+    deadline: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One forward pass.
+
+    ``decodes``: the last known token of each is fed, and up to so many proposals. ``prefills``: up to so many of the
+    tokens that have no KV yet, in order. ``admitted`` run from now on; some are among the prefills already.
+    ``preempted`` give all pages back before the next plan, and wait again. ``expired`` are forgotten: their deadline
+    is past. This pass needs no page of those preempted or expired: a page that is shared would not come free.
+    """
+
+    decodes: Mapping[str, int]
+    prefills: Mapping[str, int]
+    admitted: Sequence[str]
+    preempted: Sequence[str]
+    expired: Sequence[str]
+
+
+@dataclass(slots=True, eq=False)
+class _Share:
+    """A tenant's part of one priority: its virtual counter, how many requests it has, the keys of those waiting."""
+
+    tenant: str
+    counter: int = 0
+    members: int = 0
+    queue: list[_Key] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Level:
+    """The requests of one priority. ``last``: the tenant whose queue was the last to become empty."""
+
+    priority: int
+    served: int
+    members: int = 0
+    shares: dict[str, _Share] = field(default_factory=dict)
+    waiting: dict[str, _Share] = field(default_factory=dict)
+    last: _Share | None = None
+
+    def push(self, entry: _Entry, tick: int) -> None:
+        """Let it wait."""
+        share = entry.share
+        if not share.queue:
+            if not self.waiting:
+                self.served = tick
+            self._lift(share)
+            self.waiting[share.tenant] = share
+        insort(share.queue, entry.key)
+
+    def pull(self, entry: _Entry) -> None:
+        """It waits no more."""
+        share = entry.share
+        del share.queue[bisect_left(share.queue, entry.key)]
+        if not share.queue:
+            del self.waiting[share.tenant]
+            self.last = share
+
+    def head(self) -> str:
+        """Who is admitted next."""
+        return min(self.waiting.values(), key=lambda share: (share.counter, share.queue[0])).queue[0][2]
+
+    def _lift(self, share: _Share) -> None:
+        """Time in which a tenant wanted nothing is not saved up; a tenant that would be lifted anyhow is forgotten."""
+        idle = self.last.counter if self.last is not None else 0
+        floor = min((other.counter for other in self.waiting.values()), default=idle)
+        share.counter = max(share.counter, floor)
+        for other in [other for other in self.shares.values() if not other.members and other.counter <= floor]:
+            del self.shares[other.tenant]
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A request's state. ``key``: its place in its tenant's queue (urgency, arrival, id); ``due``: the same of its
+    deadline; ``senior``: sorts the most senior first (aged priority, priority, arrival).
+    """
+
+    request: Request
+    id: str
+    level: _Level
+    share: _Share
+    key: _Key
+    due: _Key | None
+    senior: tuple[int, int, int]
+    known: int
+    computed: int = 0
+    running: bool = False
+    held: bool = False
+    charged: bool = False
+
+
+@dataclass(slots=True)
+class _Left:
+    """What a plan has still to give, and the chunks it has given."""
+
+    tokens: int
+    pages: int
+    chunks: dict[str, int] = field(default_factory=dict)
+
+
+class Scheduler:
+    """All requests of an engine whose KV cache has ``pages`` pages of 16 tokens.
+
+    A step: ask the draft for :meth:`decodes`; :meth:`plan`; take back the pages of those preempted; let those admitted
+    adopt a cached prefix (:meth:`adopted`), or :meth:`hold` them while it loads; run the pass, of an adopted prefix
+    less; :meth:`computed` for each that ran; :meth:`remove` what is over. A plan without work that preempted or
+    admitted somebody is followed by another at once.
+
+    ``budget``: tokens a pass; ``chunk``: prefill tokens of one request a pass, of which the most senior gets up
+    to a quarter of the budget whatever the decodes take; ``room``: proposals of one decode; ``aging``: plans that
+    outweigh one priority; ``patience``: ms after which a request counts as due, deadline or not.
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        *,
+        budget: int = 512,
+        chunk: int = 256,
+        room: int = 64,
+        aging: int = 256,
+        patience: int = 60_000,
+    ) -> None:
+        self.fits = (pages - pages_for(room)) * PAGE_TOKENS
+        self._budget = budget
+        self._chunk = chunk
+        self._share = max(1, min(chunk, budget // 4))
+        self._room = room
+        self._aging = aging
+        self._patience = patience
+        self._tick = self._now = self._arrivals = 0
+        self._entries: dict[str, _Entry] = {}
+        # In order of admission, but that decodes which did not all fit a pass take turns.
+        self._running: dict[str, _Entry] = {}
+        self._levels: dict[int, _Level] = {}
+        self._deadlines: list[_Key] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
+
+    @property
+    def running(self) -> int:
+        """Requests admitted, held ones included."""
+        return len(self._running)
+
+    @property
+    def next_deadline(self) -> int | None:
+        """The earliest deadline of all, in ms."""
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def submit(self, request: Request) -> None:
+        """Let a request wait for admission.
+
+        Raises:
+            RequestTooLarge: its KV, with room for proposals, could never fit the cache.
+            EngineError: the id is taken, or a count is below 1.
+        """
+        tokens = request.prompt_tokens + request.max_tokens
+        if request.prompt_tokens < 1 or request.max_tokens < 1:
+            raise EngineError(f"request {request.id} must have a prompt token and ask for at least one more")
+        if tokens > self.fits:
+            raise RequestTooLarge(tokens, self.fits)
+        if request.id in self._entries:
+            raise EngineError(f"request {request.id} is scheduled already; submit it under another id or remove it")
+        level = self._levels.setdefault(request.priority, _Level(request.priority, self._tick))
+        share = level.shares.setdefault(request.tenant, _Share(request.tenant))
+        self._arrivals += 1
+        urgency = self._now + self._patience
+        due = None
+        if request.deadline is not None:
+            due = (request.deadline, self._arrivals, request.id)
+            insort(self._deadlines, due)
+            urgency = min(urgency, request.deadline)
+        key = (urgency, self._arrivals, request.id)
+        senior = (self._tick // self._aging - request.priority, -request.priority, self._arrivals)
+        entry = _Entry(request, request.id, level, share, key, due, senior, known=request.prompt_tokens)
+        self._entries[request.id] = entry
+        level.members += 1
+        share.members += 1
+        level.push(entry, self._tick)
+
+    def hold(self, request_id: str) -> None:
+        """Leave it out of plans, and as it is, until :meth:`release`. A deadline still ends it."""
+        entry = self._entry(request_id)
+        if not (entry.held or entry.running):
+            entry.level.pull(entry)
+        entry.held = True
+
+    def release(self, request_id: str) -> None:
+        """It takes part again."""
+        entry = self._entry(request_id)
+        if entry.held and not entry.running:
+            entry.level.push(entry, self._tick)
+        entry.held = False
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request, whatever its state; one that is not here is nothing to do."""
+        entry = self._entries.pop(request_id, None)
+        if entry is None:
+            return
+        if entry.running:
+            del self._running[request_id]
+        elif not entry.held:
+            entry.level.pull(entry)
+        if entry.due is not None:
+            del self._deadlines[bisect_left(self._deadlines, entry.due)]
+        entry.share.members -= 1
+        entry.level.members -= 1
+        if not entry.level.members:
+            del self._levels[entry.level.priority]
+
+    def adopted(self, request_id: str, tokens: int) -> None:
+        """A request just admitted got the KV of its first ``tokens`` tokens, whole pages, from elsewhere.
+
+        Raises:
+            EngineError: it is not running or has KV already, the pages are not whole, or no token is left to feed.
+        """
+        entry = self._entry(request_id)
+        if not entry.running or entry.computed or tokens % PAGE_TOKENS or not 0 <= tokens < entry.known:
+            raise EngineError(f"request {request_id} cannot adopt {tokens} tokens: {_state(entry)}")
+        entry.computed = tokens
+
+    def computed(self, request_id: str, tokens: int, known: int) -> None:
+        """After a pass: its first ``tokens`` tokens have KV, and ``known`` are known, prompt and output.
+
+        Raises:
+            EngineError: it is not running, or the numbers are not possible.
+        """
+        entry = self._entry(request_id)
+        most = entry.request.prompt_tokens + entry.request.max_tokens
+        if not (entry.running and entry.computed <= tokens <= known and entry.known <= known <= most):
+            raise EngineError(f"request {request_id} cannot have {tokens} of {known} tokens: {_state(entry)}")
+        entry.share.counter += OUTPUT_WEIGHT * (known - entry.known)
+        entry.computed, entry.known = tokens, known
+
+    def decodes(self) -> list[str]:
+        """Who decodes in the next pass, but for deadlines and lack of pages: whom to get proposals for."""
+        return [entry.id for entry in self._ready()[0]]
+
+    def plan(self, now: int, free_pages: int, proposals: Mapping[str, int] = NO_PROPOSALS) -> Plan:
+        """The next pass. It needs at most ``free_pages`` pages: those that nobody holds, cached prefixes among them.
+
+        ``now`` in ms; ``proposals``: how many tokens the draft proposes for each of :meth:`decodes`.
+        """
+        self._tick += 1
+        self._now = now
+        expired = self._expire(now)
+        decodes, prefills, promised = self._ready()
+        prefills.sort(key=_seniority)
+        needy = [entry for entry in (*decodes, *prefills[:1]) if not entry.computed % PAGE_TOKENS]
+        stalled, victims = self._short(needy, free_pages) if len(needy) > free_pages else ([], [])
+        if stalled:
+            out = {entry.id for entry in (*stalled, *victims)}
+            decodes = [entry for entry in decodes if entry.id not in out]
+            prefills = [entry for entry in prefills if entry.id not in out]
+        pages = free_pages - sum(not entry.computed % PAGE_TOKENS for entry in decodes)
+        if len(decodes) >= self._budget - self._share:
+            for entry in decodes:
+                self._running[entry.id] = self._running.pop(entry.id)
+        wanted = [min(proposals.get(entry.id, 0), self._room) for entry in decodes] if proposals else []
+        left = _Left(self._budget - len(decodes) - sum(wanted), pages)
+        for entry in prefills:
+            if left.tokens <= 0 and left.chunks:
+                break
+            count = self._feed(entry, left)
+            left.pages -= pages_for(entry.computed + count) - pages_for(entry.computed)
+        admitted = [] if stalled else self._admit(left, pages - promised)
+        left.tokens = self._budget - len(decodes) - sum(left.chunks.values())
+        granted = _grant(decodes, wanted, left) if any(wanted) else dict.fromkeys([e.id for e in decodes], 0)
+        for entry in victims:
+            self._preempt(entry)
+        return Plan(granted, left.chunks, admitted, [entry.id for entry in victims], expired)
+
+    def _expire(self, now: int) -> list[str]:
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            expired.append(self._deadlines[0][2])
+            self.remove(expired[-1])
+        return expired
+
+    def _ready(self) -> tuple[list[_Entry], list[_Entry], int]:
+        """Decodes that fit a pass, prefills, and the pages that all prefills, held ones too, need until their end."""
+        decodes: list[_Entry] = []
+        prefills: list[_Entry] = []
+        promised = 0
+        for entry in self._running.values():
+            missing = entry.known - entry.computed
+            if missing > 1:
+                promised += pages_for(entry.known) - pages_for(entry.computed)
+                if not entry.held:
+                    prefills.append(entry)
+            elif missing and not entry.held:
+                decodes.append(entry)
+        most = self._budget
+        if prefills or any(level.waiting for level in self._levels.values()):
+            most -= self._share
+        return decodes[:most], prefills, promised
+
+    def _short(self, needy: list[_Entry], free: int) -> tuple[list[_Entry], list[_Entry]]:
+        """Who of those that need a page stalls in this pass, and who is preempted so that the next has enough."""
+        ready = [entry for entry in self._running.values() if not entry.held]
+        first = min(ready, key=_seniority)
+
+        def standing(entry: _Entry) -> tuple[bool, int, int, int, int]:
+            priority, plain, arrival = entry.senior
+            return (entry is not first, priority, plain, entry.share.counter, arrival)
+
+        stalled = sorted(needy, key=standing)[free:]
+        short = len(stalled)
+        victims: list[_Entry] = []
+        for entry in sorted(ready, key=standing, reverse=True):
+            if short <= 0 or entry is stalled[0]:
+                break
+            if entry.computed:
+                victims.append(entry)
+                short -= pages_for(entry.computed) + (entry in stalled)
+        return stalled, victims
+
+    def _feed(self, entry: _Entry, left: _Left) -> int:
+        """Gives a prefill its chunk, as far as tokens and pages go."""
+        tokens = left.tokens if left.chunks else max(left.tokens, self._share)
+        slots = -entry.computed % PAGE_TOKENS + left.pages * PAGE_TOKENS
+        count = min(self._chunk, entry.known - entry.computed, tokens, slots)
+        if count:
+            left.chunks[entry.id] = count
+            left.tokens -= count
+        return count
+
+    def _admit(self, left: _Left, room: int) -> list[str]:
+        """Admits who comes next while ``room`` pages hold all that it knows and one page more for each that runs."""
+        admitted: list[str] = []
+        while left.tokens > 0 or not left.chunks:
+            spare = len(self._running) + 1 if self._running else 0
+            levels = [level for level in self._levels.values() if level.waiting]
+            if not levels or room <= spare:
+                break
+            level = max(levels, key=lambda level: (level.priority * self._aging - level.served, level.priority))
+            entry = self._entries[level.head()]
+            pages = pages_for(entry.known)
+            if pages + spare > room:
+                break
+            level.pull(entry)
+            level.served = self._tick
+            self._running[entry.id] = entry
+            entry.running = True
+            if not entry.charged:
+                entry.share.counter += PROMPT_WEIGHT * entry.request.prompt_tokens
+                entry.charged = True
+            self._feed(entry, left)
+            # All of them, since it may adopt pages before it computes any.
+            left.pages -= pages
+            room -= pages
+            admitted.append(entry.id)
+        return admitted
+
+    def _preempt(self, entry: _Entry) -> None:
+        del self._running[entry.id]
+        entry.running, entry.computed = False, 0
+        entry.level.push(entry, self._tick)
+
+    def _entry(self, request_id: str) -> _Entry:
+        entry = self._entries.get(request_id)
+        if entry is None:
+            raise EngineError(
+                f"request {request_id} is not scheduled: it was never submitted, or is removed or expired"
+            )
+        return entry
+
+    def check(self) -> None:
+        """Raises:
+        EngineError: the state contradicts itself. For tests and idle moments.
+        """
+        entries = self._entries.values()
+        shares = [share for level in self._levels.values() for share in level.shares.values()]
+        waiting: dict[_Share, list[_Key]] = {share: [] for share in shares}
+        for entry in entries:
+            if not (entry.running or entry.held):
+                waiting[entry.share].append(entry.key)
+        members = Counter(entry.share for entry in entries)
+        levels = Counter(entry.level for entry in entries)
+        due = sorted(entry.due for entry in entries if entry.due is not None)
+        claims = {
+            "tokens with KV": all(entry.running * entry.known >= entry.computed for entry in entries),
+            "running requests": self._running == {entry.id: entry for entry in entries if entry.running},
+            "deadlines": self._deadlines == due,
+            "queues": all(share.queue == sorted(waiting[share]) for share in shares),
+            "waiting tenants": all(
+                level.waiting == {share.tenant: share for share in level.shares.values() if share.queue}
+                for level in self._levels.values()
+            ),
+            "tenants": all(share.members == members[share] for share in shares),
+            "priorities": {level: level.members for level in self._levels.values()} == levels,
+        }
+        for what, holds in claims.items():
+            if not holds:
+                raise EngineError(f"the scheduler's {what} are not what its requests say")
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+_seniority = attrgetter("senior")
+
+
+def _grant(decodes: Sequence[_Entry], wanted: Sequence[int], left: _Left) -> dict[str, int]:
+    """How many proposals each decode may use: cut evenly where tokens are short, for the last where pages are."""
+    even, more = _even(wanted, left.tokens)
+    granted = {}
+    for entry, want in zip(decodes, wanted, strict=True):
+        count = min(want, even)
+        if want > even and more:
+            count, more = count + 1, more - 1
+        slots = -(entry.computed + 1) % PAGE_TOKENS
+        if count > slots:
+            pages = min(pages_for(count - slots), left.pages)
+            left.pages -= pages
+            count = min(count, slots + pages * PAGE_TOKENS)
+        granted[entry.id] = count
+    return granted
+
+
+def _even(wanted: Sequence[int], tokens: int) -> tuple[int, int]:
+    """The most that everybody may have, and how many of those who want more get one more."""
+    for index, want in enumerate(sorted(wanted)):
+        others = len(wanted) - index
+        if want * others > tokens:
+            return divmod(tokens, others)
+        tokens -= want
+    return max(wanted), 0
+
+
+def _state(entry: _Entry) -> str:
+    state = "running" if entry.running else "waiting"
+    return f"it is {state}, with KV for {entry.computed} of {entry.known} tokens"
