@@ -61,14 +61,22 @@ def test_a_wheel_holds_every_module_of_the_checkout(root: Path, wheel: Path) -> 
     assert expected <= packed
 
 
+def test_a_wheel_holds_the_c_kernels_built(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    for variant in ("v3", "v4"):
+        assert [name for name in names if name.startswith(f"countersign/kernels/native/x86_64_{variant}.")]
+    assert not [name for name in names if name.endswith((".c", ".h"))], "sources belong into the sdist"
+
+
 def test_everything_imports_from_the_wheel_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
         "import importlib, pkgutil, countersign;"
         "assert countersign.__file__.startswith(sys.argv[1]), countersign.__file__;"
-        "names = [m.name for m in pkgutil.walk_packages(countersign.__path__, 'countersign.')];"
+        "names = [m.name for m in pkgutil.walk_packages(countersign.__path__, 'countersign.') if 'x86_64' not in m.name];"
         "[importlib.import_module(n) for n in names if not n.endswith('__main__')];"
+        "from countersign.kernels.native.library import load; assert load() is not None;"
         "print(len(names))"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]

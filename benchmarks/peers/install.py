@@ -38,16 +38,17 @@ CONVERT = [
 
 
 def main() -> None:
-    """Makes the environment anew where it is not whole."""
+    """Makes the environment, or brings it to the versions named here."""
     done = HOME / ".installed"
     wanted = "\n".join([TORCH, *MEASURED, LLAMA, *CONVERT])
     if done.is_file() and done.read_text() == wanted:
         return
     shutil.rmtree(HOME / "convert", ignore_errors=True)
-    venv.create(HOME, with_pip=True)
+    if not (HOME / "bin" / "python").is_file():
+        venv.create(HOME, with_pip=True, symlinks=True)
     _pip(TORCH)
     held = HOME / "held.txt"
-    held.write_text(_frozen())
+    held.write_text(_torch())
     _pip("-c", str(held), *MEASURED, "safetensors")
     _pip("-c", str(held), "--no-binary", "llama-cpp-python", LLAMA, CMAKE_ARGS=LLAMA_BUILD)
     _pip("--no-deps", "--target", str(HOME / "convert"), *CONVERT)
@@ -67,8 +68,10 @@ def _pip(*arguments: str, **environment: str) -> None:
     subprocess.run(command, env={**os.environ, **environment}, check=True)
 
 
-def _frozen() -> str:
-    command = [str(HOME / "bin" / "python"), "-m", "pip", "freeze"]
+def _torch() -> str:
+    """The build that is installed, such as ``torch==2.13.0+cpu``."""
+    program = "from importlib.metadata import version; print('torch==' + version('torch'))"
+    command = [str(HOME / "bin" / "python"), "-c", program]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

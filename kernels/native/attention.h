@@ -105,8 +105,8 @@ INLINE void soften(float *scores, int low, int high, float *largest, float *sum,
     }
     float top = *largest;
     for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
-    if (top == -INFINITY) top = 0.0f;  // nothing seen yet: the weights are 0 all the same
-    for (int j = 0; j < CHUNK; j++) scores[j] = exponential(scores[j] - top);
+    const float shift = top == -INFINITY ? 0.0f : top;  // nothing seen yet: all weights are 0, and nothing is kept
+    for (int j = 0; j < CHUNK; j++) scores[j] = exponential(scores[j] - shift);
     float part[LANES];
     for (int i = 0; i < LANES; i++) part[i] = (scores[i] + scores[i + 16]) + (scores[i + 32] + scores[i + 48]);
     if (top != *largest) {

@@ -12,12 +12,12 @@ import functools
 import importlib.util
 import mmap
 import platform
+import struct
 import weakref
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,14 +98,19 @@ class StepStruct(ctypes.Structure):
     ]  # fmt: skip
 
 
-SAMPLING = np.dtype([
-    ("temperature", np.float64), ("top_p", np.float64), ("seed", np.uint64), ("top_k", np.int64),
-    ("allowed", np.uintp), ("position", np.int32), ("padding", np.int32),
-])  # fmt: skip
-"""One row of a call to ``sample``: struct sampling."""
+_SAMPLING = struct.Struct("=ddQqQii")
+
+
+def pack_sampling(
+    temperature: float, top_p: float, seed: int, top_k: int, allowed: int = 0, position: int = 0
+) -> bytes:
+    """One row of a call to ``sample``: struct sampling. ``allowed``: the address of a mask, or 0."""
+    return _SAMPLING.pack(temperature, top_p, seed, top_k, allowed, position, 0)
+
 
 NOT_FINITE = -1
 NOT_HERE = -2
+MAX_TOP_K = 256
 
 
 class Library:
@@ -124,7 +129,16 @@ class Library:
             calls.sample, None, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p
         )
         self.draft = _call(
-            calls.draft, c_int32, c_void_p, POINTER(StepStruct), c_void_p, c_void_p, c_float, c_void_p, c_int32, c_void_p
+            calls.draft,
+            c_int32,
+            c_void_p,
+            POINTER(StepStruct),
+            c_void_p,
+            c_void_p,
+            c_float,
+            c_void_p,
+            c_int32,
+            c_void_p,
         )
         self.exponentials = _call(calls.exponentials, None, c_void_p, c_void_p, c_int64)
 

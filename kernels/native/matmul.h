@@ -8,13 +8,15 @@
 #define PANEL 64
 #define PANEL_LANES (PANEL / LANES)
 
-// Rows whose accumulators fit the registers beside a panel's (or, with AVX2, a sub-panel's) weights.
+// Rows whose accumulators fit the registers beside a panel's weights, or beside half a panel's, or (AVX2) a quarter's.
 #if defined(__AVX512F__)
-#define TILE_ROWS 6
 #define TILE_LANES 4
+#define TILE_ROWS 6
+#define NARROW_ROWS 12
 #else
-#define TILE_ROWS 3
 #define TILE_LANES 2
+#define TILE_ROWS 3
+#define NARROW_ROWS 3
 #endif
 
 enum weight_kind { WEIGHT_FP32, WEIGHT_BF16, WEIGHT_INT8 };
@@ -41,8 +43,8 @@ INLINE int panel_width(int outputs, int panel) { return outputs - panel * PANEL 
 // sums[r][c] = sum over k of x[r][k] w[k][first + c], for `rows` rows and `width` registers of columns.
 INLINE void multiply(const void *panel, int kind, int stride, int first, int inputs, const float *const *x,
                      float (*sums)[PANEL], const int rows, const int width) {
-    const size_t ahead = 2048 / weight_size(kind);
-    lanes acc[TILE_ROWS][TILE_LANES];
+    const size_t ahead = 12288 / weight_size(kind);  // far enough for the last-level cache, by trial
+    lanes acc[NARROW_ROWS][TILE_LANES];
     for (int r = 0; r < rows; r++)
         for (int l = 0; l < width; l++) acc[r][l] = v_zero();
     for (int k = 0; k < inputs; k++) {
@@ -61,14 +63,14 @@ INLINE void multiply(const void *panel, int kind, int stride, int first, int inp
 }
 
 // What becomes of a row's sums of one panel. SWIGLU: gate and up stand in turn, 16 of each; out = silu(gate) * up.
-static void finish(const struct linear *linear, int panel, float *sums, float *y, int epilogue) {
-    const int first = panel * PANEL, left = linear->outputs - first, columns = left < PANEL ? left : PANEL;
+INLINE void finish_columns(const struct linear *linear, int first, float *restrict sums, float *restrict y, int epilogue,
+                           const int columns) {
     if (linear->kind == WEIGHT_INT8)
         for (int i = 0; i < columns; i++) sums[i] *= linear->scale[first + i];
     if (linear->bias)
         for (int i = 0; i < columns; i++) sums[i] += linear->bias[first + i];
     if (epilogue == STORE) {
-        memcpy(y + first, sums, columns * sizeof(float));
+        for (int i = 0; i < columns; i++) y[first + i] = sums[i];
     } else if (epilogue == ADD) {
         for (int i = 0; i < columns; i++) y[first + i] += sums[i];
     } else {
@@ -80,29 +82,41 @@ static void finish(const struct linear *linear, int panel, float *sums, float *y
     }
 }
 
+static void finish(const struct linear *linear, int panel, float *sums, float *y, int epilogue) {
+    const int first = panel * PANEL, columns = linear->outputs - first;
+    if (columns >= PANEL) finish_columns(linear, first, sums, y, epilogue, PANEL);
+    else finish_columns(linear, first, sums, y, epilogue, columns);
+}
+
 #define MULTIPLY(rows_, width_) \
     case rows_: multiply(weights, kind, stride, lane * LANES, linear->inputs, x, sums, rows_, width_); break;
-#if TILE_ROWS == 6
-#define MULTIPLY_ROWS(width_) \
-    switch (rows) { MULTIPLY(1, width_) MULTIPLY(2, width_) MULTIPLY(3, width_) \
-                    MULTIPLY(4, width_) MULTIPLY(5, width_) MULTIPLY(6, width_) }
-#else
-#define MULTIPLY_ROWS(width_) switch (rows) { MULTIPLY(1, width_) MULTIPLY(2, width_) MULTIPLY(3, width_) }
-#endif
+#define MULTIPLY_FEW(width_) MULTIPLY(1, width_) MULTIPLY(2, width_) MULTIPLY(3, width_)
+#define MULTIPLY_MORE(width_) MULTIPLY(4, width_) MULTIPLY(5, width_) MULTIPLY(6, width_)
+#define MULTIPLY_MANY(width_) \
+    MULTIPLY(7, width_) MULTIPLY(8, width_) MULTIPLY(9, width_) MULTIPLY(10, width_) MULTIPLY(11, width_) MULTIPLY(12, width_)
 
+// Up to six rows take a whole panel at a time. More go in tiles of up to twelve, half a panel at a time, so that the
+// weights come from memory less often.
 INLINE void panel_of_kind(const struct linear *linear, int panel, const float *const *x, float *const *y, int count,
                           int epilogue, const int kind) {
-    const int stride = panel_width(linear->outputs, panel), tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+    const int stride = panel_width(linear->outputs, panel);
+    const int most = count > TILE_ROWS ? NARROW_ROWS : TILE_ROWS, tiles = (count + most - 1) / most;
     const char *weights = (const char *)linear->packed + (size_t)panel * PANEL * linear->inputs * weight_size(kind);
     for (int t = 0, rows; t < tiles; t++, x += rows, y += rows, count -= rows) {
-        float sums[TILE_ROWS][PANEL];
+        float sums[NARROW_ROWS][PANEL];
         rows = (count + tiles - t - 1) / (tiles - t);
-        for (int lane = 0; lane < stride / LANES; lane += TILE_LANES) {
 #if TILE_LANES == 4
-            if (stride == PANEL) MULTIPLY_ROWS(4)
-            else
+        if (stride == PANEL && rows <= TILE_ROWS) {
+            const int lane = 0;
+            switch (rows) { MULTIPLY_FEW(4) MULTIPLY_MORE(4) }
+        } else
 #endif
-            MULTIPLY_ROWS(2)
+        for (int lane = 0; lane < stride / LANES; lane += 2) {
+#if TILE_LANES == 4
+            switch (rows) { MULTIPLY_FEW(2) MULTIPLY_MORE(2) MULTIPLY_MANY(2) }
+#else
+            switch (rows) { MULTIPLY_FEW(2) }
+#endif
         }
         for (int r = 0; r < rows; r++) finish(linear, panel, sums[r], y[r], epilogue);
     }

@@ -35,7 +35,7 @@ struct step {
     int32_t rows, wanted, spans, table_stride;
     const int32_t *token_ids;   // (rows)
     const int32_t *parents;     // (rows) of nodes in their span, -1 above the first; NULL: every span a chain
-    const uint8_t *is_tree;     // (spans), or NULL with `parents`
+    const int32_t *is_tree;     // (spans), or NULL with `parents`
     const int32_t *span_first;  // (spans + 1) rows
     const int32_t *span_base;   // (spans) tokens in the cache before
     const int32_t *span_table;  // (spans) row of `tables`

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from countersign.kernels import attention
 from countersign.kernels.experts import mix, route
@@ -48,7 +49,7 @@ class _Dense:
     down: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+        return self.down(_gated(self.gate_up(x)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +90,11 @@ class EagerExecutor:
         self._layers = [self._layer(layer) for layer in weights.layers]
         self._head = self._packed(weights.head)
         self._rotary = RotaryTable(config.rope, config.head_dim)
+        self._angles = self._angles_of(0)
         path = None
         if numerics == "invariant":
             path = attention.select_path(config.heads, config.kv_heads, config.head_dim, self._dtype, device)
-        self._padding = EXACT if path is None else FIXED
+        self._padding = replace(EXACT, fold=config.heads // config.kv_heads) if path is None else FIXED
         self.paths = Paths(self._packer.modes, path)
 
     @torch.inference_mode()
@@ -106,8 +108,7 @@ class EagerExecutor:
         hidden = deque(self._hidden_states(cache, step), maxlen=1).pop()
         if not step.logits:
             return torch.empty(0, self._config.vocabulary_size, device=self._device)
-        wanted = self._normalised(hidden.index_select(0, step.logit_rows), self._norm)
-        return self._head(wanted)[: step.logits].float()
+        return self._logits(hidden.index_select(0, step.logit_rows))[: step.logits]
 
     @torch.inference_mode()
     def diagnose(self, cache: PagedCache, span: Span) -> int:
@@ -126,12 +127,26 @@ class EagerExecutor:
     def _hidden_states(self, cache: PagedCache, step: Step) -> Iterator[Tensor]:
         """(M', hidden) after each layer."""
         hidden = self._embedding.index_select(0, step.token_ids)
-        cos, sin = self._rotary.rows(step.positions, step.end, self._dtype)
-        angles = cos.to(self._device), sin.to(self._device)
+        cos, sin = self._angles_up_to(step.end)
+        angles = cos.index_select(0, step.positions), sin.index_select(0, step.positions)
         for index, layer in enumerate(self._layers):
             hidden = hidden + layer.output(self._attend(layer, hidden, step, angles, cache, index))
             hidden = hidden + self._mix(layer, hidden, step.rows)
             yield hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._head(self._normalised(hidden, self._norm)).float()
+
+    def _angles_up_to(self, end: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions below ``end`` at least; the same tensors as long as they suffice."""
+        if end > len(self._angles[0]):
+            self._angles = self._angles_of(end)
+        return self._angles
+
+    def _angles_of(self, end: int) -> tuple[Tensor, Tensor]:
+        known = len(self._rotary.table(end)[0])
+        cos, sin = self._rotary.rows(torch.arange(known), known, self._dtype)
+        return cos.to(self._device), sin.to(self._device)
 
     def _attend(
         self, layer: _Layer, hidden: Tensor, step: Step, angles: tuple[Tensor, Tensor], cache: PagedCache, index: int
@@ -147,11 +162,15 @@ class EagerExecutor:
         keys[step.pages, :, :, step.offsets] = qk[:, heads:]
         values[step.pages, :, step.offsets] = qkv[:, heads + kv_heads :]
         results = [self._attend_group(qk[:, :heads], group, keys, values) for group in step.groups]
-        return (results[0] if len(results) == 1 else torch.cat(results)).index_select(0, step.take)
+        result = results[0] if len(results) == 1 else torch.cat(results)
+        return result if step.take is None else result.index_select(0, step.take)
 
     def _attend_group(self, q: Tensor, group: Group, keys: Tensor, values: Tensor) -> Tensor:
         """(M, heads, head_dim) to (B T, heads head_dim)."""
-        q = q.index_select(0, group.rows).view(group.batch, -1, *q.shape[1:]).transpose(1, 2)
+        q = q if group.rows is None else q.index_select(0, group.rows)
+        fold = 1 if group.mask is None else self._padding.fold
+        q = q.reshape(group.batch, -1, self._config.heads // fold, fold, self._config.head_dim)
+        queries, q = q.shape[1], q.transpose(1, 2).flatten(2, 3)
         k = keys.index_select(0, group.pages).view(group.batch, -1, *keys.shape[1:]).permute(0, 2, 1, 4, 3)
         v = values.index_select(0, group.pages).view(group.batch, -1, *values.shape[1:]).transpose(1, 2)
         k, v = k.flatten(2, 3), v.flatten(2, 3)
@@ -159,10 +178,15 @@ class EagerExecutor:
             k[group.tail.pieces, :, group.tail.places] = keys[group.tail.pages, :, :, group.tail.offsets]
             v[group.tail.pieces, :, group.tail.places] = values[group.tail.pages, :, group.tail.offsets]
         scale = self._config.head_dim**-0.5
-        if self.paths.attention is None:
+        if group.mask is None:
+            bias = causal_lower_right(queries, group.keys)
+            k, v = k[:, :, : group.keys], v[:, :, : group.keys]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
+        elif self.paths.attention is None:
             out = attention.attend_fast(q, k, v, group.mask, scale=scale)
         else:
             out, _ = attention.attend(q, k, v, group.mask, scale=scale, path=self.paths.attention)
+        out = out.view(group.batch, -1, queries, fold, self._config.head_dim)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _mix(self, layer: _Layer, hidden: Tensor, rows: int) -> Tensor:
@@ -201,3 +225,11 @@ class EagerExecutor:
 
     def _moved(self, weight: Tensor) -> Tensor:
         return weight.to(self._device, self._dtype)
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    # On an accelerator an element's bits do not depend on where it stands, and fewer passes over memory are faster.
+    if gate_up.device.type == "cpu":
+        return swiglu(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

@@ -8,12 +8,13 @@ that belong to it, and removes the request.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
-from countersign.services.engine.errors import EngineError
+from countersign.services.engine.errors import ContextExceeded, EngineError
 from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
 from countersign.services.engine.model import Model
 from countersign.services.engine.runner import Outcome, Runner, Work
@@ -66,6 +67,11 @@ class Generation:
         """The output."""
         return self.tokens[self.prompt_tokens :]
 
+    @property
+    def left(self) -> int:
+        """How many more tokens it may have."""
+        return self.prompt_tokens + self.max_tokens - len(self.tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -103,16 +109,16 @@ class Engine:
     """All requests of one model and cache."""
 
     @staticmethod
-    def of(model: Model, cache: PagedCache, budget: int = 512, chunk: int = 256) -> Engine:
-        """An engine whose scheduler knows the cache; ``budget`` tokens a pass, ``chunk`` prefill tokens a request."""
-        return Engine(model, cache, Scheduler(cache.free_tokens // PAGE_TOKENS, budget=budget, chunk=chunk))
+    def of(model: Model, cache: PagedCache, budget: int = 512, chunk: int = 256, most: int = 1024) -> Engine:
+        """An engine whose scheduler knows the cache; see :class:`Scheduler` for the numbers."""
+        return Engine(model, cache, Scheduler(cache.free_tokens // PAGE_TOKENS, budget=budget, chunk=chunk, most=most))
 
     def __init__(self, model: Model, cache: PagedCache, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.cache = cache
         self._runner = Runner(model, cache)
         self._generations: dict[str, Generation] = {}
-        self._over: list[Generation] = []
+        self._over: deque[Generation] = deque()
 
     def __len__(self) -> int:
         return len(self._generations)
@@ -124,10 +130,12 @@ class Engine:
         """Lets a request wait for its turn.
 
         Raises:
-            RequestTooLarge: it could never fit the cache; says how many tokens would.
+            ContextExceeded, RequestTooLarge: it could never fit the model's context, or the cache; says what would.
             EngineError: see :meth:`Scheduler.submit`.
         """
-        wanted = generation
+        wanted, limit = generation, self._runner.model.config.context_length
+        if len(wanted.tokens) + wanted.max_tokens > limit:
+            raise ContextExceeded(len(wanted.tokens) + wanted.max_tokens, limit)
         self.scheduler.submit(
             Request(wanted.id, wanted.tenant, wanted.priority, len(wanted.tokens), wanted.max_tokens, wanted.deadline)
         )
@@ -147,6 +155,11 @@ class Engine:
 
     def plan(self, now: int = 0, drafts: Mapping[str, Draft] = _NO_DRAFTS) -> Step:
         """The next pass; ``now`` in the same milliseconds as the deadlines. What has expired is removed."""
+        drafts = {
+            name: draft.shallow(self._generations[name].left - 1)
+            for name, draft in drafts.items()
+            if name in self._generations
+        }
         lengths = {name: len(draft) for name, draft in drafts.items()}
         plan = self.scheduler.plan(now, self.cache.free_tokens // PAGE_TOKENS, lengths)
         named = (*plan.decodes, *plan.prefills, *plan.admitted, *plan.preempted)
@@ -166,13 +179,16 @@ class Engine:
         }
         for name, count in step.plan.prefills.items():
             if name in live and name not in skip:
-                works[name] = self._prefill(live[name], count)
+                works[name] = _work(live[name], count, _NO_DRAFT)
         outcomes = self._runner.run(list(works.values())) if works else []
         results = [
             Result(live[name], outcome, len(work.draft))
             for (name, work), outcome in zip(works.items(), outcomes, strict=True)
             if work.samples or outcome.error
         ]
+        for result in results:
+            if result.generation.id in step.plan.prefills and not result.outcome.error:
+                self._publish(result.generation)
         computed = {name: work.sequence.length for name, work in works.items()}
         return Ran(computed, {name: tokens for name, tokens in adopted.items() if name not in skip}, results)
 
@@ -182,10 +198,10 @@ class Engine:
             if result.outcome.error:
                 result.generation.keys = ()  # its KV may be what is wrong
         for name, tokens in ran.adopted.items():
-            if name in self._generations and tokens:
+            if tokens and self._running(name) is not None:
                 self.scheduler.adopted(name, tokens)
         for name, computed in ran.computed.items():
-            generation = self._generations.get(name)
+            generation = self._running(name)
             if generation is None:
                 continue
             new = kept.get(name, ())
@@ -196,7 +212,7 @@ class Engine:
 
     def sweep(self, others: Iterable[Generation] = ()) -> None:
         """Gives back the pages of requests that were removed, and of these."""
-        over, self._over = self._over, []
+        over = [self._over.popleft() for _ in range(len(self._over))]
         for generation in (*over, *others):
             if generation.sequence is not None:
                 self._publish(generation)
@@ -210,6 +226,11 @@ class Engine:
         self.cache.check_integrity()
         self.scheduler.check()
 
+    def _running(self, name: str) -> Generation | None:
+        """Who took part in the last pass; not who was submitted under the id of one removed since."""
+        generation = self._generations.get(name)
+        return generation if generation is not None and generation.sequence is not None else None
+
     def _adopt(self, generation: Generation) -> int:
         """Opens a request's sequence with the pages that others computed; at least one token is left to feed."""
         generation.sequence = self.cache.sequence()
@@ -217,12 +238,6 @@ class Engine:
         adopted = self.cache.adopt(generation.sequence, generation.keys[:usable])
         generation.cached = max(generation.cached, min(adopted, generation.prompt_tokens))
         return adopted
-
-    def _prefill(self, generation: Generation, count: int) -> Work:
-        work = _work(generation, count, _NO_DRAFT)
-        if work.samples:
-            self._publish(generation)
-        return work
 
     def _publish(self, generation: Generation) -> None:
         """Lets others have the pages whose keys are known."""
@@ -246,23 +261,22 @@ def complete(engine: Engine, generations: Iterable[Generation]) -> None:
     """Runs requests to their last token: for programs that want answers and nothing else.
 
     Raises:
-        EngineError: a request cannot be computed; the others are as they are.
+        EngineError: a request cannot be computed, and is removed; the others are as they are.
     """
     for generation in generations:
         engine.submit(generation)
     while len(engine):
         ran = engine.run(engine.plan())
+        engine.settle(ran, {result.generation.id: kept_of(result) for result in ran.results})
+        for result in ran.results:
+            if result.outcome.error or not result.generation.left:
+                engine.remove(result.generation.id)
         for result in ran.results:
             if result.outcome.error:
                 raise EngineError(f"request {result.generation.id}: {result.outcome.error}")
-        engine.settle(ran, {result.generation.id: kept_of(result) for result in ran.results})
-        for result in ran.results:
-            if len(result.generation.generated) == result.generation.max_tokens:
-                engine.remove(result.generation.id)
     engine.sweep()
 
 
 def kept_of(result: Result) -> tuple[int, ...]:
     """The new tokens that ``max_tokens`` leaves."""
-    left = result.generation.max_tokens - len(result.generation.generated)
-    return result.outcome.token_ids[:left]
+    return result.outcome.token_ids[: result.generation.left]

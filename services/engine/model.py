@@ -12,6 +12,7 @@ from countersign.services.engine.checkpoint import Digests, check_tensors, diges
 from countersign.services.engine.config import Dtype, ModelConfig, Numerics
 from countersign.services.engine.eager import EagerExecutor
 from countersign.services.engine.errors import EngineError
+from countersign.services.engine.graphs import GraphedExecutor
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.native import NativeExecutor, refusal_of
 from countersign.services.engine.step import Span, check_spans
@@ -112,5 +113,6 @@ def load_model(
             f"{folder} needs native code, which cannot compute it here: {refusal or 'torch was asked for'}"
         )
     else:
-        executor = EagerExecutor(config, weights, dtype, numerics, device)
+        made = GraphedExecutor if device.startswith("cuda") else EagerExecutor
+        executor = made(config, weights, dtype, numerics, device)
     return Model(config, digests(folder, config, tensors), dtype, executor)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from countersign.kernels.native import library as native
@@ -113,12 +112,11 @@ class NativeExecutor:
         self._write(weights)
         self._handle: int | None = None
         self._free: weakref.finalize[..., NativeExecutor] | None = None
-        self._pool: int | None = None
+        self._layout: object = None
         self._ops = (OpStruct * len(self._program.ops))(*self._program.ops)
         self._rows = 0
         self._buffers: list[Tensor] = []
         self._structs = (BufferStruct * (_LOGITS + 1))()
-        self._logits = torch.empty(0)
 
     @property
     def weight_bytes(self) -> int:
@@ -129,8 +127,7 @@ class NativeExecutor:
         """Writes the K and V of the spans' tokens into the slots that are reserved for them.
 
         Returns:
-            (sum of ``span.logits``, vocabulary) fp32, spans in the order given. The memory is used again by the next
-            call.
+            (sum of ``span.logits``, vocabulary) fp32, spans in the order given.
         """
         return self._step(cache, spans, None)
 
@@ -157,7 +154,7 @@ class NativeExecutor:
         failed = self._library.draft(
             self._bound(cache),
             ctypes.byref(prepared.struct),
-            rules.ctypes.data,
+            rules,
             ends.ctypes.data,
             margin,
             tokens.ctypes.data,
@@ -176,42 +173,55 @@ class NativeExecutor:
         return prepared.logits
 
     def _prepare(self, cache: PagedCache, spans: Sequence[Span], beyond: int) -> _Prepared:
-        """A step of these spans, which may go on for ``beyond`` tokens."""
+        """A step of these spans, which may go on for ``beyond`` tokens.
+
+        All numbers stand in one array: what is asked of NumPy per step is most of what a step costs outside the model.
+        """
         counts = [len(span.token_ids) for span in spans]
-        first = np.array([0, *itertools.accumulate(counts)], dtype=np.int32)
-        rows = int(first[-1])
-        wanted = _wanted(spans, first)
-        token_ids = np.fromiter(itertools.chain.from_iterable(span.token_ids for span in spans), np.int32, rows)
-        base = np.array([span.sequence.length for span in spans], dtype=np.int32)
-        table = np.array([span.sequence.row for span in spans], dtype=np.int32)
-        parents, is_tree = _trees(spans, counts, rows)
-        cos, sin = self._rotary.table(int(base.max()) + max(counts) + beyond)
+        first = [0, *itertools.accumulate(counts)]
+        rows, base = first[-1], [span.sequence.length for span in spans]
+        wanted = [row for span, end in zip(spans, first[1:], strict=True) for row in range(end - span.logits, end)]
+        parts = (
+            [token for span in spans for token in span.token_ids],
+            first,
+            base,
+            [span.sequence.row for span in spans],
+            wanted,
+            *_trees(spans, counts),
+        )
+        numbers = np.array([number for part in parts for number in part], dtype=np.int32)
+        address, offsets = numbers.ctypes.data, itertools.accumulate(map(len, parts), initial=0)
+        token_ids, first_at, base_at, table, wanted_at, parents, is_tree, _ = (address + 4 * at for at in offsets)
+        chains = not parts[-1]
+        cos, sin = self._rotary.table(max(base) + max(counts) + beyond)
         self._fit(rows)
-        logits = self._fit_logits(len(wanted))
+        logits = torch.empty(len(wanted), self._config.vocabulary_size)
+        self._structs[_LOGITS] = BufferStruct(logits.data_ptr(), logits.shape[1])
         struct = native.StepStruct(
             rows,
             len(wanted),
             len(spans),
             cache.tables.shape[1],
-            token_ids.ctypes.data,
-            None if parents is None else parents.ctypes.data,
-            None if is_tree is None else is_tree.ctypes.data,
-            first.ctypes.data,
-            base.ctypes.data,
-            table.ctypes.data,
+            token_ids,
+            None if chains else parents,
+            None if chains else is_tree,
+            first_at,
+            base_at,
+            table,
             cache.tables.ctypes.data,
-            wanted.ctypes.data,
+            wanted_at,
             cos.data_ptr(),
             sin.data_ptr(),
             cache.pool.data_ptr(),
             self._structs,
             None,
         )
-        return _Prepared(struct, logits, (token_ids, parents, is_tree, first, base, table, wanted, cos, sin))
+        return _Prepared(struct, logits, (numbers, cos, sin))
 
     def _bound(self, cache: PagedCache) -> int:
         """The program for this cache's layout."""
-        if self._handle is None or self._pool != cache.pool.data_ptr():
+        layout = (cache.pool.dtype, cache.pool.stride())
+        if self._handle is None or self._layout != layout:
             if self._free is not None:
                 self._free()
             config = self._config
@@ -235,7 +245,7 @@ class NativeExecutor:
             )
             self._handle = int(self._library.program_new(ctypes.byref(shape), self._ops, self.team.handle))
             self._free = weakref.finalize(self, self._library.program_free, self._handle)
-            self._pool = cache.pool.data_ptr()
+            self._layout = layout
         return self._handle
 
     def _fit(self, rows: int) -> None:
@@ -261,13 +271,6 @@ class NativeExecutor:
         self._buffers = [torch.zeros(self._rows * each * width) for each, width in sizes]
         for index, (buffer, (_, width)) in enumerate(zip(self._buffers, sizes, strict=True)):
             self._structs[index] = BufferStruct(buffer.data_ptr(), width)
-
-    def _fit_logits(self, wanted: int) -> Tensor:
-        vocabulary = self._config.vocabulary_size
-        if self._logits.numel() < wanted * vocabulary:
-            self._logits = torch.empty(max(wanted, 16) * vocabulary)
-            self._structs[_LOGITS] = BufferStruct(self._logits.data_ptr(), vocabulary)
-        return self._logits[: wanted * vocabulary].view(wanted, vocabulary)
 
     def _write(self, weights: DecoderWeights) -> None:
         """The operations of a forward pass."""
@@ -323,24 +326,15 @@ class NativeExecutor:
         return self._program.keep(native.pack(self._library, weight, self._kind, bias=bias, gate_up=gate_up))
 
 
-def _wanted(spans: Sequence[Span], first: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The rows whose logits are wanted."""
-    ends = first[1:].tolist()
-    rows = [range(end - span.logits, end) for span, end in zip(spans, ends, strict=True)]
-    return np.fromiter(itertools.chain.from_iterable(rows), np.int32)
-
-
-def _trees(
-    spans: Sequence[Span], counts: Sequence[int], rows: int
-) -> tuple[NDArray[np.int32] | None, NDArray[np.uint8] | None]:
-    """Parents by row and which spans are trees; a chain that was written as a tree is one no more."""
+def _trees(spans: Sequence[Span], counts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Parents by row, and which spans are trees; nothing if none is. A chain that was written as a tree is none."""
     if all(span.parents is None for span in spans):
-        return None, None
-    parents, is_tree = np.zeros(rows, dtype=np.int32), np.zeros(len(spans), dtype=np.uint8)
-    row = 0
-    for index, (span, count) in enumerate(zip(spans, counts, strict=True)):
-        if span.parents is not None and list(span.parents) != list(range(-1, count - 1)):
-            parents[row : row + count] = span.parents
-            is_tree[index] = 1
-        row += count
+        return [], []
+    parents: list[int] = []
+    is_tree: list[int] = []
+    for span, count in zip(spans, counts, strict=True):
+        chain = list(range(-1, count - 1))
+        own = chain if span.parents is None else list(span.parents)
+        parents += own
+        is_tree.append(own != chain)
     return parents, is_tree

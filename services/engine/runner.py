@@ -61,7 +61,7 @@ class Runner:
         except EngineError as error:
             return [Outcome(error=str(error))] * len(works)
         asks = [_draws(work, base) for work, base in zip(works, bases, strict=True) if work.samples]
-        sampled, row, outcomes = draw(logits, asks, self.model.team), 0, []
+        sampled, row, outcomes = draw(logits.cpu(), asks, self.model.team), 0, []
         for work, span, base in zip(works, spans, bases, strict=True):
             if not work.samples:
                 outcomes.append(Outcome())
@@ -93,7 +93,7 @@ def _span(work: Work) -> Span:
     fed, draft = len(work.token_ids), work.draft
     parents = None
     if draft.parents is not None:
-        parents = [*range(-1, fed - 1), *(fed + parent if parent >= 0 else fed - 1 for parent in draft.parents)]
+        parents = [*range(-1, fed - 1), *(fed + parent for parent in draft.parents)]
     logits = len(draft) + 1 if work.samples else 0
     return Span(work.sequence, [*work.token_ids, *draft.token_ids], logits, parents)
 

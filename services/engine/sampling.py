@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -88,36 +89,29 @@ def draw(logits: Tensor, asks: Sequence[Draws], team: native.Team | None = None)
     """
     if team is None or not len(logits):
         return _draw_plainly(logits, asks)
-    rows = records(asks)
-    tokens = np.empty(len(rows), dtype=np.int32)
-    library = team.library
-    library.sample(
-        team.handle, rows.ctypes.data, logits.data_ptr(), logits.stride(0), len(rows), logits.shape[1],
-        tokens.ctypes.data, None,
-    )  # fmt: skip
+    rows, size = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int32)
+    team.library.sample(
+        team.handle, records(asks), logits.data_ptr(), logits.stride(0), rows, size, tokens.data_ptr(), None
+    )
     drawn: list[int] = tokens.tolist()
     if native.NOT_HERE in drawn:
-        samplings = [ask.sampling for ask in asks for _ in ask.positions]
-        for row, token in enumerate(drawn):
+        rules = [(ask.sampling, position) for ask in asks for position in ask.positions]
+        for row, (token, (sampling, position)) in enumerate(zip(drawn, rules, strict=True)):
             if token == native.NOT_HERE:
-                drawn[row] = _sample(logits[row].numpy(), int(rows["position"][row]), samplings[row])
+                drawn[row] = _sample(logits[row].numpy(), position, sampling)
     return drawn
 
 
-def records(asks: Sequence[Draws]) -> NDArray[np.void]:
+def records(asks: Sequence[Draws]) -> bytes:
     """One record a row for the native library; the masks must outlive it."""
-    counts = [len(ask.positions) for ask in asks]
-    rows = np.repeat(np.array([_record(ask.sampling) for ask in asks], dtype=native.SAMPLING), counts)
-    rows["position"] = np.fromiter(itertools.chain.from_iterable(ask.positions for ask in asks), np.int64, len(rows))
-    for row, ask in zip(itertools.accumulate(counts, initial=0), asks, strict=False):
-        for offset, mask in enumerate(ask.allowed or ()):
-            if mask is not None:
-                rows["allowed"][row + offset] = mask.ctypes.data
-    return rows
-
-
-def _record(sampling: Sampling) -> tuple[float, float, int, int, int, int, int]:
-    return (sampling.temperature, sampling.top_p, sampling.seed, sampling.top_k, 0, 0, 0)
+    packed = []
+    for ask in asks:
+        rule, masks = ask.sampling, ask.allowed or itertools.repeat(None)
+        for position, mask in zip(ask.positions, masks, strict=False):
+            allowed = 0 if mask is None else mask.ctypes.data
+            packed.append(native.pack_sampling(rule.temperature, rule.top_p, rule.seed, rule.top_k, allowed, position))
+    return b"".join(packed)
 
 
 def _draw_plainly(logits: Tensor, asks: Sequence[Draws]) -> list[int]:

@@ -157,7 +157,8 @@ class Scheduler:
     admitted somebody is followed by another at once.
 
     ``budget``: tokens a pass; ``chunk``: prefill tokens of one request a pass, of which the most senior gets up
-    to a quarter of the budget whatever the decodes take; ``room``: proposals of one decode; ``aging``: plans that
+    to a quarter of the budget whatever the decodes take; ``most``: requests that run at once, however much KV is
+    free; ``room``: proposals of one decode; ``aging``: plans that
     outweigh one priority; ``patience``: ms after which a request counts as due, deadline or not.
     """
 
@@ -167,6 +168,7 @@ class Scheduler:
         *,
         budget: int = 512,
         chunk: int = 256,
+        most: int = 1024,
         room: int = 64,
         aging: int = 256,
         patience: int = 60_000,
@@ -174,6 +176,7 @@ class Scheduler:
         self.fits = (pages - pages_for(room)) * PAGE_TOKENS
         self._budget = budget
         self._chunk = chunk
+        self._most = most
         self._share = max(1, min(chunk, budget // 4))
         self._room = room
         self._aging = aging
@@ -382,7 +385,7 @@ class Scheduler:
     def _admit(self, left: _Left, room: int) -> list[str]:
         """Admits who comes next while ``room`` pages hold all that it knows and one page more for each that runs."""
         admitted: list[str] = []
-        while left.tokens > 0 or not left.chunks:
+        while (left.tokens > 0 or not left.chunks) and len(self._running) < self._most:
             spare = len(self._running) + 1 if self._running else 0
             levels = [level for level in self._levels.values() if level.waiting]
             if not levels or room <= spare:

@@ -57,6 +57,10 @@ class Draft:
             return self
         return Draft(self.token_ids[:count], None if self.parents is None else self.parents[:count])
 
+    def shallow(self, levels: int) -> Draft:
+        """Its tokens before the first that has ``levels`` others above it."""
+        return self.cut(next((index for index, depth in enumerate(self.depths()) if depth >= levels), len(self)))
+
 
 @dataclass(frozen=True, slots=True)
 class Walk:

@@ -29,7 +29,8 @@ Ids: TypeAlias = NDArray[np.int64]
 MAX_TREE = MAX_QUERIES
 """The most tokens of one tree."""
 
-_SHORT = 16
+SHORT = 16
+"""The most rows of a span whose attention is taken together with others'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +50,23 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """What sizes are rounded up to: rows of a linear layer, queries and keys of an attention call."""
+    """What sizes are rounded up to: rows of a linear layer, queries and keys of an attention call.
+
+    ``whole``: a long chain is one attention call, however long, which needs no mask where no window cuts it. ``fold``:
+    so many query heads of a key-value head stand in a call as rows beside each other, T fold rows in all.
+    """
 
     rows: Callable[[int], int]
     queries: Callable[[int], int]
     keys: Callable[[int], int]
+    whole: bool
+    fold: int = 1
 
 
-FIXED = Padding(padded_rows, padded_queries, padded_keys)
+FIXED = Padding(padded_rows, padded_queries, padded_keys, whole=False)
 """The sizes at which a row's bits are its own."""
 
-EXACT = Padding(lambda rows: rows, lambda queries: queries, lambda keys: pages_for(keys) * PAGE_TOKENS)
+EXACT = Padding(lambda rows: rows, lambda queries: queries, lambda keys: pages_for(keys) * PAGE_TOKENS, whole=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +83,26 @@ class Tail:
 class Group:
     """One attention call: B pieces of T query rows over K keys each.
 
-    rows: (B T) rows of the flat batch, padding rows 0. pages: (B K/16), padding page 0. tail: what to put over the
-    keys of these pages, where there are trees.
+    rows: (B T) rows of the flat batch, padding rows 0; None for all in order. pages: (B K/16, rounded up), padding page
+    0. tail: what to put over the keys of these pages, where there are trees. mask: None where the rows are the last T
+    of exactly K tokens, each seeing all up to itself.
     """
 
     batch: int
     keys: int
-    rows: Tensor
+    rows: Tensor | None
     pages: Tensor
     tail: Tail | None
-    mask: Mask
+    mask: Mask | None
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """A forward pass of M rows, padded to M'.
 
-    token_ids: (M'), padding 0. positions: (M), on the CPU. end: above all positions. pages, offsets: (M), where each
-    row's K and V go. take: (M') rows of the groups' results laid end to end. logit_rows: (L'), the first ``logits`` of
-    them wanted.
+    token_ids: (M'), padding 0. positions: (M). end: above all positions. pages, offsets: (M), where each row's K and V
+    go. take: (M') rows of the groups' results laid end to end; None for all in order. logit_rows: (L'), the first
+    ``logits`` of them wanted.
     """
 
     rows: int
@@ -104,7 +112,7 @@ class Step:
     pages: Tensor
     offsets: Tensor
     groups: list[Group]
-    take: Tensor
+    take: Tensor | None
     logits: int
     logit_rows: Tensor
 
@@ -177,7 +185,7 @@ def plan(cache: PagedCache, spans: Sequence[Span], window: int | None, padding: 
     def moved(values: Ids, size: int | None = None) -> Tensor:
         if size is not None:
             values = np.pad(values, (0, size - len(values)))
-        return torch.from_numpy(values).to(device)
+        return staged(values, device).to(device, non_blocking=True)
 
     token_ids = np.concatenate([np.asarray(span.token_ids, dtype=np.int64) for span in spans])
     starts = np.cumsum([0] + [len(span.token_ids) for span in spans])
@@ -188,25 +196,35 @@ def plan(cache: PagedCache, spans: Sequence[Span], window: int | None, padding: 
     )
     groups, take, results = [], np.zeros(rows, dtype=np.int64), 0
     for pieces in _grouped(
-        [piece for span, start in zip(spans, starts, strict=False) for piece in _pieces(cache, span, start)], padding
+        [piece for span, start in zip(spans, starts, strict=False) for piece in _pieces(cache, span, start, padding)],
+        padding,
     ):
         queries = padding.queries(max(len(piece.rows) for piece in pieces))
         for index, piece in enumerate(pieces):
             take[piece.rows] = results + index * queries + np.arange(len(piece.rows))
         results += len(pieces) * queries
-        groups.append(_group(pieces, queries, padding, window, cache.dtype, moved))
+        if padding.whole and _is_plain(pieces, window):
+            groups.append(_causal(pieces[0], len(token_ids), moved))
+        else:
+            groups.append(_group(pieces, queries, padding, window, cache.dtype, moved))
     return Step(
         rows=len(token_ids),
         token_ids=moved(token_ids, rows),
-        positions=torch.from_numpy(positions),
+        positions=moved(positions),
         end=int(positions.max()) + 1,
         pages=moved(pages),
         offsets=moved(offsets),
         groups=groups,
-        take=moved(take),
+        take=None if results == rows and _in_order(take) else moved(take),
         logits=len(logit_rows),
         logit_rows=moved(logit_rows, padding.rows(len(logit_rows))),
     )
+
+
+def staged(values: Ids, device: str) -> Tensor:
+    """The values where a copy to ``device`` starts from; one to an accelerator then waits for nothing."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory() if device.startswith("cuda") else tensor
 
 
 def _places(cache: PagedCache, spans: Sequence[Span]) -> tuple[Ids, Ids, Ids]:
@@ -221,12 +239,13 @@ def _places(cache: PagedCache, spans: Sequence[Span]) -> tuple[Ids, Ids, Ids]:
     return np.concatenate(positions), np.concatenate(pages), np.concatenate(offsets)
 
 
-def _pieces(cache: PagedCache, span: Span, start: int) -> Iterator[_Piece]:
+def _pieces(cache: PagedCache, span: Span, start: int, padding: Padding) -> Iterator[_Piece]:
     first, count = span.sequence.length, len(span.token_ids)
     table = cache.tables[span.sequence.row]
     if span.parents is None:
-        for offset in range(0, count, MAX_QUERIES):
-            tokens = np.arange(offset, min(offset + MAX_QUERIES, count))
+        most = count if padding.whole else MAX_QUERIES
+        for offset in range(0, count, most):
+            tokens = np.arange(offset, min(offset + most, count))
             yield _Piece(start + tokens, first + tokens, table, first)
         return
     for path, known in _paths(span.parents):
@@ -252,11 +271,26 @@ def _grouped(pieces: Sequence[_Piece], padding: Padding) -> Iterator[list[_Piece
     """Short pieces whose padded contexts lie within a factor of two together, others alone."""
     together: dict[int, list[_Piece]] = defaultdict(list)
     for piece in pieces:
-        if len(piece.rows) <= _SHORT:
+        if len(piece.rows) <= SHORT:
             together[padding.keys(piece.keys).bit_length()].append(piece)
         else:
             yield [piece]
     yield from together.values()
+
+
+def _is_plain(pieces: list[_Piece], window: int | None) -> bool:
+    """Whether this is one long chain that no window cuts."""
+    first = pieces[0]
+    return len(first.rows) > SHORT and first.slots is None and (window is None or first.keys <= window)
+
+
+def _causal(piece: _Piece, rows: int, moved: Callable[[Ids], Tensor]) -> Group:
+    pages = piece.table[: pages_for(piece.keys)].astype(np.int64)
+    return Group(1, piece.keys, None if len(piece.rows) == rows else moved(piece.rows), moved(pages), None, None)
+
+
+def _in_order(rows: Ids) -> bool:
+    return bool((rows == np.arange(len(rows))).all())
 
 
 def _group(
@@ -276,8 +310,9 @@ def _group(
         positions[index, : len(piece.rows)] = piece.positions
         table = piece.table[: keys // PAGE_TOKENS]
         pages[index, : len(table)] = table
-    mask = Mask.causal(moved(positions), keys, window, dtype)
-    return Group(len(pieces), keys, moved(rows.ravel()), moved(pages.ravel()), _tail(pieces, keys, moved), mask)
+    mask = Mask.causal(moved(positions.repeat(padding.fold, axis=1)), keys, window, dtype)
+    tail = _tail(pieces, keys, moved)
+    return Group(len(pieces), keys, moved(rows.ravel()), moved(pages.ravel()), tail, mask)
 
 
 def _tail(pieces: list[_Piece], keys: int, moved: Callable[[Ids], Tensor]) -> Tail | None:

@@ -121,6 +121,7 @@ class TargetConfig:
     threads: Count = 1
     cache_tokens: Count = 65_536
     max_requests: Count = 256  # waiting ones included; more are refused
+    max_running: Count = 256  # at once; fewer run when their KV does not fit
     token_budget: Count = 512  # tokens a forward pass
     prefill_chunk: Count = 256  # prompt tokens of one request a forward pass
     kv_store: Switch = True

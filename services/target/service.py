@@ -191,12 +191,8 @@ async def create(context: Context) -> TargetService:
     """
     config = context.config.target
     model = _load(config)
-    engine = Engine.of(
-        model,
-        PagedCache(model.config, config.dtype, tokens=config.cache_tokens),
-        config.token_budget,
-        config.prefill_chunk,
-    )
+    cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
+    engine = Engine.of(model, cache, config.token_budget, config.prefill_chunk, config.max_running)
     with translated(
         KeyFileError, FailedPrecondition, reason="BAD_KEY_FILE", help="mend the file, or remove it for a new key"
     ):

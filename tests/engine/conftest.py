@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from countersign.services.engine.model import Model, load_model
+from countersign.services.engine.model import Backend, Model, load_model
 
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -22,12 +22,12 @@ CLASSES = {
 }
 EXPERTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48},
 }
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 48,
-    "intermediate_size": 88,
+    "intermediate_size": 112,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -74,21 +74,38 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model(checkpoint: Path) -> Model:
-    return load_model(checkpoint)
-
-
-@pytest.fixture(scope="session")
-def other_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A second random model over the same vocabulary: Mistral, with a window smaller than the tests' sequences."""
     folder = tmp_path_factory.mktemp("mistral")
     build("mistral", 2, sliding_window=40).save_pretrained(folder)
-    return load_model(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def routed_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def routed_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A third over the same vocabulary: Qwen3-MoE, its first layer dense."""
     folder = tmp_path_factory.mktemp("qwen3_moe")
     build("qwen3_moe", 3, norm_topk_prob=True, mlp_only_layers=[0], num_hidden_layers=3).save_pretrained(folder)
-    return load_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["native", "eager"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """What computes; whoever asks for it, or for a model below, runs once with each."""
+    chosen: Backend = request.param
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path, backend: Backend) -> Model:
+    return load_model(checkpoint, backend=backend)
+
+
+@pytest.fixture(scope="session")
+def other_model(other_checkpoint: Path, backend: Backend) -> Model:
+    return load_model(other_checkpoint, backend=backend)
+
+
+@pytest.fixture(scope="session")
+def routed_model(routed_checkpoint: Path, backend: Backend) -> Model:
+    return load_model(routed_checkpoint, backend=backend)

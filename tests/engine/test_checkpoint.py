@@ -57,11 +57,11 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder: Path) -> None:
     message = refusal(folder)
     assert DOWN in message
     assert "(48, 80)" in message
-    assert "(48, 88)" in message
+    assert "(48, 112)" in message
 
 
 def test_a_quantised_tensor_is_refused(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({DOWN: torch.zeros(48, 88, dtype=torch.int8)}))
+    rewrite(folder, lambda tensors: tensors.update({DOWN: torch.zeros(48, 112, dtype=torch.int8)}))
     assert "torch.int8; supported: F32, BF16, F16" in refusal(folder)
 
 
@@ -84,11 +84,11 @@ def test_weights_keep_the_type_that_they_have_on_disk(build_model: Callable[...,
     weights = decoder_weights(config, tensors)
     mlp = weights.layers[1].mlp
     assert isinstance(mlp, RoutedExperts)
-    assert (mlp.router.shape, mlp.gate_up.shape, mlp.down.shape) == ((4, 48), (4, 176, 48), (4, 48, 88))
+    assert (mlp.router.shape, mlp.gate_up.shape, mlp.down.shape) == ((4, 48), (4, 224, 48), (4, 48, 112))
     assert mlp.gate_up.dtype is weights.layers[0].qkv.dtype is torch.bfloat16
     expert = "model.layers.1.block_sparse_moe.experts.2"
-    assert torch.equal(mlp.gate_up[2, :88], tensors[f"{expert}.w1.weight"])
-    assert torch.equal(mlp.gate_up[2, 88:], tensors[f"{expert}.w3.weight"])
+    assert torch.equal(mlp.gate_up[2, :112], tensors[f"{expert}.w1.weight"])
+    assert torch.equal(mlp.gate_up[2, 112:], tensors[f"{expert}.w3.weight"])
     assert torch.equal(mlp.down[2], tensors[f"{expert}.w2.weight"])
     assert weights.layers[0].qkv.shape == ((4 + 2 * 2) * 16, 48)
 

@@ -15,7 +15,7 @@ import torch
 from countersign.services.engine.config import ModelConfig, Rope
 from countersign.services.engine.errors import EngineError, InvalidBlock, InvalidSpan, OutOfPages
 from countersign.services.engine.kv import CachedSequence, CacheStats, PagedCache
-from countersign.services.engine.model import Model, Span, load_model
+from countersign.services.engine.model import Backend, Model, Span, load_model
 
 CONFIG = ModelConfig(
     family="llama",
@@ -154,9 +154,20 @@ def test_a_decode_step_that_needs_no_page_does_no_more_than_compare() -> None:
             sequence.length += 1
 
 
+def test_reserving_no_more_than_there_is_changes_nothing_but_what_lies_behind() -> None:
+    cache = PagedCache(CONFIG, "fp32", 64)
+    sequence = filled(cache, 20)
+    cache.reserve({sequence: 40})
+    write(cache, sequence, 35, math.nan)
+    cache.reserve({sequence: 3})
+    assert read(cache, sequence) == count(1, 21)
+    assert not cache.pool[sequence.pages[2]].any()
+    cache.check_integrity()
+
+
 def test_tables_follow_the_pages_and_grow_both_ways() -> None:
     cache = PagedCache(CONFIG, "fp32", 16 * 100)
-    sequences = [cache.sequence() for _ in range(20)]
+    sequences = [filled(cache, 40)] + [cache.sequence() for _ in range(19)]
     assert len({sequence.row for sequence in sequences}) == 20
     cache.reserve({sequences[19]: 16 * 80})
     assert cache.tables.shape[0] >= 20
@@ -366,11 +377,12 @@ def test_nan_left_in_a_page_reaches_neither_its_next_owner_nor_the_tokens_after_
     assert torch.equal(model.forward(cache, [Span(heir, prompt[20:22])]), short)
 
 
-def test_blocks_move_between_models_of_one_checkpoint(checkpoint: Path, model: Model) -> None:
+def test_blocks_move_between_models_of_one_checkpoint(checkpoint: Path, backend: Backend, model: Model) -> None:
     prompt = list(range(40))
     there, here = PagedCache(model.config, "fp32", 64), PagedCache(model.config, "fp32", 64)
     source, target = there.sequence(), here.sequence()
     expected = model.forward(there, [Span(source, prompt)])
     for index in range(2):
         target.import_block(source.export_block(index))
-    assert torch.equal(load_model(checkpoint).forward(here, [Span(target, prompt[32:])]), expected)
+    again = load_model(checkpoint, backend=backend)
+    assert torch.equal(again.forward(here, [Span(target, prompt[32:])]), expected)

@@ -127,6 +127,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(number=numbers_of_sequences, share=st.sampled_from((0.5, 1.0, 1.0)))
     def publish(self, number: int, share: float) -> None:
+        # What `create` has evicted may come back at once.
+        self.the_index_loses_a_page_by_eviction_only()
         sequence = self.pick(number)
         tokens = self.expected[sequence]
         keys = chain_keys(ROOT, tokens)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from countersign.services.engine.config import Rope, YarnScaling
 from countersign.services.engine.errors import ContextExceeded, InvalidSpan, OutOfPages
 from countersign.services.engine.kv import PagedCache
-from countersign.services.engine.model import Model, Span, load_model
+from countersign.services.engine.model import Backend, Model, Span, load_model
 from countersign.services.engine.rope import RotaryTable
 
 
@@ -114,7 +114,7 @@ def test_a_tree_has_at_most_256_tokens(model: Model) -> None:
 
 
 def test_fast_numerics_pad_no_rows(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, rows, plain = load_model(checkpoint, numerics="fast"), set(), F.linear
+    model, rows, plain = load_model(checkpoint, numerics="fast", backend="eager"), set(), F.linear
 
     def recorded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows.add(len(x))
@@ -126,12 +126,12 @@ def test_fast_numerics_pad_no_rows(checkpoint: Path, monkeypatch: pytest.MonkeyP
     assert rows == {6, 2}
 
 
-def poisoned(folder: Path, name: str, row: int) -> Model:
+def poisoned(folder: Path, backend: Backend, name: str, row: int) -> Model:
     """The model with a row of NaN in one of its matrices."""
     tensors = load_file(folder / "model.safetensors")
     tensors[name][row] = torch.nan
     save_file(tensors, folder / "model.safetensors")
-    return load_model(folder)
+    return load_model(folder, backend=backend)
 
 
 @pytest.fixture
@@ -140,8 +140,10 @@ def routed_folder(build_model: Callable[..., Any], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_request_of_nan_touches_no_other_and_no_other_branch_of_its_tree(routed_folder: Path) -> None:
-    model = poisoned(routed_folder, "model.embed_tokens.weight", 95)
+def test_a_request_of_nan_touches_no_other_and_no_other_branch_of_its_tree(
+    routed_folder: Path, backend: Backend
+) -> None:
+    model = poisoned(routed_folder, backend, "model.embed_tokens.weight", 95)
     cache = PagedCache(model.config, "fp32", 512)
     sequences = [cache.sequence() for _ in range(3)]
     model.forward(cache, [Span(sequence, [1, 2, 3], 0) for sequence in sequences])
@@ -168,8 +170,10 @@ def test_a_request_of_nan_touches_no_other_and_no_other_branch_of_its_tree(route
         ("lm_head.weight", 7, 3),
     ],
 )
-def test_the_layer_that_went_wrong_is_found(name: str, row: int, layer: int, routed_folder: Path) -> None:
-    model = poisoned(routed_folder, name, row)
+def test_the_layer_that_went_wrong_is_found(
+    name: str, row: int, layer: int, routed_folder: Path, backend: Backend
+) -> None:
+    model = poisoned(routed_folder, backend, name, row)
     cache = PagedCache(model.config, "fp32", 512)
     sequence = cache.sequence()
     model.forward(cache, [Span(sequence, [1, 2], 0)])

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from countersign.kernels import gumbel
+from countersign.kernels.native import library as native
+from countersign.kernels.native.library import Team
 from countersign.services.engine.errors import InvalidSampling, NonFiniteLogits
-from countersign.services.engine.sampling import Sampling, perturbed, sample, sample_rows
+from countersign.services.engine.sampling import NOT_FINITE, Allowed, Draws, Sampling, allow, draw, perturbed, sample
 
 ROWS = torch.randn(6, 300, generator=torch.Generator().manual_seed(4)) * 3
 
@@ -34,22 +39,103 @@ def test_a_parameter_outside_its_range_is_refused_by_name_and_value(field: str, 
         Sampling(**{field: value})  # type: ignore[arg-type]  # one field of several types
 
 
-def test_rows_are_sampled_each_with_its_own_position_and_parameters() -> None:
-    samplings = [
-        Sampling(),
-        Sampling(0.8, seed=1),
-        Sampling(1.0, 5, 0.9, 2),
-        Sampling(0.8, seed=1),
-        Sampling(),
-        Sampling(2.0),
-    ]
-    positions = [3, 4, 5, 4, 6, 2**32 - 1]
+@pytest.fixture(scope="module", params=["native", "plain"])
+def team(request: pytest.FixtureRequest) -> Team | None:
+    """Who draws: threads of native code, or plain Python."""
+    return native_team() if request.param == "native" else None
+
+
+def native_team() -> Team:
+    library = native.load()
+    assert library is not None, "the C kernels are not built: run `make`"
+    return Team(library, 2)
+
+
+def test_rows_are_drawn_each_with_its_own_position_and_parameters(team: Team | None) -> None:
     rows = ROWS.clone()
     rows[3] = rows[1]
-    tokens = sample_rows(rows, positions, samplings)
-    assert tokens == [sample(*arguments) for arguments in zip(rows, positions, samplings, strict=True)]
+    asks = [
+        Draws([3], Sampling()),
+        Draws([4, 2**31 - 1], Sampling(0.8, seed=1)),
+        Draws([], Sampling()),
+        Draws([4], Sampling(0.8, seed=1)),
+        Draws([6, 6], Sampling(1.0, 5, 0.9, 2)),
+    ]
+    flat = [(position, ask.sampling) for ask in asks for position in ask.positions]
+    expected = [sample(row, *which) for row, which in zip(rows, flat, strict=True)]
+    tokens = draw(rows, asks, team)
+    assert tokens == expected
     assert tokens[1] == tokens[3]
     assert tokens[0] == int(ROWS[0].argmax())
+
+
+def test_nothing_asked_is_nothing_drawn(team: Team | None) -> None:
+    assert draw(torch.empty(0, 300), [], team) == []
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of logits and what is asked of them."""
+
+    logits: torch.Tensor
+    asks: list[Draws]
+
+
+@st.composite
+def batches(draw_: st.DrawFn) -> Batch:
+    size = draw_(st.sampled_from((1, 2, 15, 16, 17, 31, 32, 33, 100, 300)))
+    rng = np.random.default_rng(draw_(st.integers(0, 2**32)))
+    asks, rows = [], []
+    for _ in range(draw_(st.integers(1, 4))):
+        sampling = Sampling(
+            draw_(st.sampled_from((0.0, 1e-3, 0.8, 1.0, 3.0))),
+            draw_(st.sampled_from((0, 1, 5, 255, 256, 257, 1000))),
+            draw_(st.sampled_from((1.0, 0.95, 0.3))),
+            draw_(st.integers(0, 2**64 - 1)),
+        )
+        masks: list[Allowed | None] = []
+        for _ in range(draw_(st.integers(1, 3))):
+            # Few distinct values have ties; every id may be ruled out, a bad logit too.
+            row = rng.integers(-3, 4, size).astype(np.float32) if draw_(st.booleans()) else rng.normal(0, 3, size)
+            if draw_(st.integers(0, 5)) == 0:
+                row[rng.integers(size)] = draw_(st.sampled_from((math.nan, math.inf, -math.inf)))
+            masks.append(allow(np.flatnonzero(rng.random(size) < 0.4), size) if draw_(st.booleans()) else None)
+            rows.append(row)
+        first = draw_(st.integers(0, 2**31 - 10))
+        asks.append(Draws(range(first, first + len(masks)), sampling, masks if draw_(st.booleans()) else None))
+    return Batch(torch.from_numpy(np.array(rows, dtype=np.float32)), asks)
+
+
+def expected_of(batch: Batch) -> list[int]:
+    """Row by row, with what a mask rules out taken away beforehand."""
+    rows, tokens = iter(batch.logits.clone()), []
+    for ask in batch.asks:
+        for position, mask in zip(ask.positions, ask.allowed or [None] * len(ask.positions), strict=True):
+            row = next(rows)
+            if mask is not None:
+                row[[not mask[i // 32] >> i % 32 & 1 for i in range(len(row))]] = -math.inf
+            try:
+                tokens.append(sample(row, position, ask.sampling))
+            except NonFiniteLogits:
+                tokens.append(NOT_FINITE)
+    return tokens
+
+
+@settings(max_examples=300)
+@given(batch=batches())
+def test_whoever_draws_draws_the_same(team: Team | None, batch: Batch) -> None:
+    assert draw(batch.logits.clone(), batch.asks, team) == expected_of(batch)
+
+
+def test_a_mask_leaves_what_it_names_and_one_that_names_nothing_has_no_sample(team: Team | None) -> None:
+    rows = torch.zeros(4, 300)
+    rows[:, 7] = 9.0
+    rows[1, 7] = math.nan  # ruled out: all right
+    masks = [allow([0, 31, 32, 299], 300), allow([299], 300), None, allow([], 300)]
+    tokens = draw(rows, [Draws(range(4), Sampling(), masks)], team)
+    assert tokens == [0, 299, 7, NOT_FINITE]
+    seen = {draw(torch.zeros(1, 300), [Draws([i], Sampling(1.0), masks[:1])], team)[0] for i in range(60)}
+    assert seen == {0, 31, 32, 299}
 
 
 def test_the_token_sampled_is_the_best_of_the_perturbed_scores() -> None:
@@ -67,14 +153,18 @@ def test_the_noise_is_that_of_the_seed_and_position() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_nan_or_infinity_is_refused_with_the_position_and_row(bad: float, temperature: float) -> None:
+def test_nan_or_infinity_is_refused_alone_and_marked_in_a_batch(
+    bad: float, temperature: float, team: Team | None
+) -> None:
     rows = ROWS.clone()
     rows[2, 299] = bad
-    with pytest.raises(NonFiniteLogits, match="position 42") as refused:
-        sample_rows(rows, [40, 41, 42, 43, 44, 45], [Sampling(temperature)] * 6)
-    assert (refused.value.position, refused.value.row) == (42, 2)
-    with pytest.raises(NonFiniteLogits):
-        perturbed(rows[2], 42, Sampling(temperature))
+    sampling = Sampling(temperature)
+    expected = [NOT_FINITE if i == 2 else sample(row, 40 + i, sampling) for i, row in enumerate(rows)]
+    assert draw(rows, [Draws(range(40, 46), sampling)], team) == expected
+    for refusing in (sample, perturbed):
+        with pytest.raises(NonFiniteLogits, match="position 42") as refused:
+            refusing(rows[2], 42, sampling)
+        assert refused.value.position == 42
 
 
 def test_a_token_ruled_out_by_minus_infinity_is_never_sampled_and_all_of_them_is_an_error() -> None:

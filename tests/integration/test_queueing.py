@@ -29,7 +29,7 @@ PROMPT = "def f(x):\n    "
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One request in work, four in all."""
-    running = start_stack(tmp_path_factory.mktemp("narrow") / "data", "target.cache_tokens=2048")
+    running = start_stack(tmp_path_factory.mktemp("narrow") / "data", "target.max_running=1", "target.max_requests=4")
     yield running
     assert stop_stack(running) == 0
 

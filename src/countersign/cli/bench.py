@@ -1,6 +1,7 @@
 """``countersign bench NAME``: measure, print, keep the rows (DESIGN.md section 12).
 
-A benchmark is a module ``benchmarks/NAME.py`` of the checkout with ``async def run(quick: bool) -> list[Row]``.
+A benchmark is a module ``benchmarks/NAME.py`` of the checkout with ``async def run(quick: bool) -> list[Row]``, and
+perhaps ``def plot(rows: list[Row], folder: Path) -> list[Path]``, which draws and names what it drew.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -44,30 +44,35 @@ class Row:
     ratio: float | None = None
 
 
-Run = Callable[[bool], Coroutine[Any, Any, list[Row]]]
-
-
 def bench(
     name: Annotated[str, typer.Argument(help="Which: a module of benchmarks/.", metavar="NAME")],
     quick: Annotated[bool, typer.Option(help="End within a minute on two cores; keeps no rows.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON lines.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw pictures into this folder.", metavar="DIR")] = None,
 ) -> None:
     """Run one benchmark of this checkout."""
-    rows = asyncio.run(load(name)(quick))
+    module = load(name)
+    if plot is not None and not hasattr(module, "plot"):
+        raise NotFound(f"benchmark {name!r} draws nothing", reason="NO_PICTURE", help="leave --plot out")
+    rows = asyncio.run(module.run(quick))
     lines = "".join(json.dumps(stamped(row)) + "\n" for row in rows)
     if not quick:
         results = CHECKOUT / "benchmarks" / "results"
         results.mkdir(exist_ok=True)
         with (results / f"{name}.jsonl").open("a") as file:
             file.write(lines)
+    if plot is not None:
+        plot.mkdir(parents=True, exist_ok=True)
+        for file in module.plot(rows, plot):
+            print(f"drew {file}", file=sys.stderr)
     if json_:
         sys.stdout.write(lines)
     else:
         Console().print(_table(rows))
 
 
-def load(name: str) -> Run:
-    """The ``run`` of ``benchmarks/NAME.py``. Raises NotFound with those there are."""
+def load(name: str) -> Any:
+    """The module ``benchmarks/NAME.py``. Raises NotFound with those there are."""
     folder = CHECKOUT / "benchmarks"
     file = folder / f"{name}.py"
     if not name.isidentifier() or not file.is_file():
@@ -79,7 +84,7 @@ def load(name: str) -> Run:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
-    return cast("Run", module.run)
+    return module
 
 
 def stamped(row: Row) -> dict[str, object]:
