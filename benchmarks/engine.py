@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from countersign.cli.bench import CHECKOUT, Row
+from countersign.cli.bench import CHECKOUT, Row, load
 from countersign.cli.prompts import heldout_prompts
 
 MODELS = CHECKOUT / "infra" / "models"
@@ -33,7 +33,7 @@ BUILT = CHECKOUT / "build" / "bench"
 PEERS_PYTHON = CHECKOUT / "build" / "peers" / "bin" / "python"
 LARGE = BUILT / "llama-0.3b"
 THREADS, TOKENS, STREAMS, PATIENCE_S = 2, 64, 16, 900.0
-DRAFTED = {"draft": (1, 2, 3, 4, 6), "lookup": (4, 6, 10)}
+DRAFTED = {"draft": (1, 2, 3, 4, 6, 8), "lookup": (4, 6, 10)}
 OURS = "ours"
 TOLD = "what the engines tell, fp32"
 TITLES = {
@@ -58,13 +58,20 @@ async def run(quick: bool) -> list[Row]:
     rows = await _demo(size, peers)
     rows += await _reduced(size)
     rows += await _large(size, [] if quick else peers)
+    rows += [replace(row, bench="engine") for row in await load("steps").run(quick)]
     wall, others = (now - then for now, then in zip(cpu_seconds(), before, strict=True))
     quiet = others / wall <= 0.1
     metric = "cores that other programs kept busy; above the bar no speed here is judged"
     return [
-        *(row if quiet or row.case == TOLD else replace(row, met=None) for row in rows),
+        *(row if quiet or row.case == TOLD else replace(row, bar=None, met=None) for row in rows),
         Row("engine", "machine", metric, others / wall, "cores", 1, "<= 0.1", quiet),
     ]
+
+
+def plot(rows: list[Row], folder: Path) -> list[Path]:
+    """Draws what ``benchmarks/steps.py`` draws."""
+    drawn: list[Path] = load("steps").plot(rows, folder)
+    return drawn
 
 
 @dataclass(frozen=True, slots=True)

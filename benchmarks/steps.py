@@ -112,7 +112,7 @@ def _overhead(model: Model, count: int, steps: int) -> list[Row]:
     original = library.program_run, library.sample
     for temperature in (0.0, 0.8):
         clock = Clock()
-        library.program_run, library.sample = clock.around(original[0]), clock.around(original[1])
+        vars(library).update(program_run=clock.around(original[0]), sample=clock.around(original[1]))
         try:
             engine = Engine.of(model, cache)
             for index in range(count):
@@ -124,11 +124,12 @@ def _overhead(model: Model, count: int, steps: int) -> list[Row]:
                 if _advance(engine) == count:
                     outside.append(time.perf_counter() - began - clock.spent)
         finally:
-            library.program_run, library.sample = original
+            vars(library).update(program_run=original[0], sample=original[1])
         median = statistics.median(outside) * 1e3
         bar = BARS.get(count)
-        bars = (None, None) if bar is None else (f"<= {bar} ms", median <= bar)
-        rows.append(Row("steps", f"{count} requests, T {temperature}", OVERHEAD, median, "ms", len(outside), *bars))
+        limit, met = (None, None) if bar is None else (f"<= {bar} ms", median <= bar)
+        case = f"{count} requests, T {temperature}"
+        rows.append(Row("steps", case, OVERHEAD, median, "ms", len(outside), limit, met))
     return rows
 
 
@@ -181,11 +182,9 @@ def _invariance(model: Model, steps: int) -> list[Row]:
         fixed = times["native"]
         for name in others:
             cost = fixed / times[name] - 1
-            bars = ("<= 0.15", cost <= 0.15) if name == "torch, free order" else (None, None)
-            rows.append(
-                Row("steps", case, f"cost of invariance: native beside {name}", cost, "share", steps // 10, *bars,
-                    peer=name, ratio=times[name] / fixed)
-            )  # fmt: skip
+            bar, met = ("<= 0.15", cost <= 0.15) if name == "torch, free order" else (None, None)
+            metric, ratio = f"cost of invariance: native beside {name}", times[name] / fixed
+            rows.append(Row("steps", case, metric, cost, "share", steps // 10, bar, met, name, ratio))
         own = times["torch, fixed order"] / times["torch, free order"] - 1
         rows.append(Row("steps", case, "cost of a fixed order in torch", own, "share", steps // 10))
     return rows

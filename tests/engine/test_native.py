@@ -204,7 +204,7 @@ def test_experts_that_tie_are_taken_by_their_number(build_model: Callable[..., A
             layer.mlp.gate.weight[:] = layer.mlp.gate.weight[[0, 1, 1, 0, 1, 0]]
     built.save_pretrained(tmp_path)
     ids = tokens(7, 60)
-    torchs, ours = (model_rows(load_model(tmp_path, backend=backend), ids) for backend in ("eager", "native"))  # type: ignore[arg-type]
+    torchs, ours = (model_rows(load_model(tmp_path, backend=backend), ids) for backend in ("eager", "native"))
     assert (torchs - ours).abs().max() <= 2e-4
 
 

@@ -110,7 +110,7 @@ def plain(pair: tuple[Model, Model]) -> Plain:
             for constrained in (False, True):
                 runner = Runner(pair[0], PagedCache(pair[0].config, "fp32", 200))
                 answer = Answer(runner.cache.sequence(), list(PROMPTS[prompt]), sampling, constrained)
-                while len(answer.output) < OUTPUT + 8:
+                while len(answer.output) < OUTPUT + 10:
                     (outcome,) = runner.run([answer.work(100, Draft())])
                     assert len(outcome.token_ids) == 1
                     answer.tokens += outcome.token_ids
