@@ -19,7 +19,7 @@ from .protocol import Load, Speculation, Tokens, Unsupported, serve
 
 TOKENS = 16384
 # A proposal that leads the next best by less than this is a round's last; found on other prompts than those measured.
-MARGIN = 1.0
+MARGIN = 0.6
 
 
 class Ours:

@@ -12,7 +12,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from countersign import __version__
 from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.engine import Engine, Generation
-from countersign.services.engine.errors import CheckpointError, EngineError, RequestTooLarge
+from countersign.services.engine.errors import CheckpointError, EngineError
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, load_model
 from countersign.services.engine.sampling import Sampling
@@ -114,7 +114,7 @@ class TargetService:
             session = self._session(writer, self._opened(writer))
             if isinstance(writer.stop, CancelledByClient):
                 session.cancel()
-            with translated(RequestTooLarge, FailedPrecondition, about=request.request_id, reason="TOO_LARGE"):
+            with translated(EngineError, FailedPrecondition, about=request.request_id, reason="TOO_LARGE"):
                 self._loop.add(session, self._committer)
         return StartResponse(sequence=writer.log.sequence)
 

@@ -118,11 +118,13 @@ def test_two_models_may_compute_at_once_each_with_threads_of_its_own(folders: di
 
 
 def test_teams_come_and_go(folders: dict[str, Path]) -> None:
-    expected, threads = work(native_model(folders["llama"])), len(list(Path("/proc/self/task").iterdir()))
+    expected = work(native_model(folders["llama"]))
+    gc.collect()
+    threads = len(list(Path("/proc/self/task").iterdir()))
     for count in (4, 2, 3) * 4:
         assert same(work(native_model(folders["llama"], threads=count)), expected)
     gc.collect()
-    assert len(list(Path("/proc/self/task").iterdir())) == threads
+    assert len(list(Path("/proc/self/task").iterdir())) <= threads
 
 
 def rounded(model: Any, dtype: Dtype) -> Any:

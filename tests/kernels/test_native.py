@@ -207,10 +207,10 @@ def scores_of(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """(m,): one chain of fused multiply-adds in fp32 over the head's elements, in order. Where scores are large its
     rounding is most of the error, and no other order has the same.
     """
-    sums = torch.zeros(len(keys))
+    sums: torch.Tensor = torch.zeros(len(keys))
     for d in range(len(q)):
         sums = (q[d].double() * keys[:, d].double() + sums.double()).float()
-    return sums * len(q) ** -0.5
+    return torch.mul(sums, len(q) ** -0.5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
