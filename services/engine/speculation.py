@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from countersign.services.engine.errors import InvalidSpan
 from countersign.services.engine.sampling import NOT_FINITE
+from countersign.services.engine.step import depths
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,7 @@ class Draft:
         """Of each token, 0 for children of the last known token."""
         if self.parents is None:
             return range(len(self.token_ids))
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(0 if parent < 0 else depths[parent] + 1)
-        return depths
+        return depths(self.parents)
 
     def cut(self, count: int) -> Draft:
         """Its first ``count`` tokens."""

@@ -70,7 +70,7 @@ class TargetLoop:
         """Queue a session, or only close its log if it has ended.
 
         Raises:
-            RequestTooLarge: its KV never fits the cache.
+            ContextExceeded, RequestTooLarge: it never fits the model's context, or the cache.
         """
         if session.finish is None:
             self._engine.submit(session.generation)
@@ -123,12 +123,9 @@ class TargetLoop:
     def _hold(self) -> None:
         """Leave those out of the next pass that may not take part, and let others in again."""
         for name, session in self._sessions.items():
-            if session.waits != session.held and name in self._engine:
-                session.held = session.waits
-                if session.held:
-                    self._engine.scheduler.hold(name)
-                else:
-                    self._engine.scheduler.release(name)
+            if name in self._engine:
+                move = self._engine.scheduler.hold if session.waits else self._engine.scheduler.release
+                move(name)
 
     def _take(self, result: Result) -> list[int]:
         """Append a pass to its session; the tokens that belong to the answer."""

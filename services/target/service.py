@@ -190,7 +190,7 @@ async def create(context: Context) -> TargetService:
     (BAD_CONFIGURATION), or the key is unreadable (BAD_KEY_FILE).
     """
     config = context.config.target
-    model = _load(config)
+    model, tokenizer = _load(config)
     cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
     engine = Engine.of(model, cache, config.token_budget, config.prefill_chunk, config.max_running)
     with translated(
@@ -224,7 +224,7 @@ async def create(context: Context) -> TargetService:
         context.instance,
         info,
         model.config,
-        Tokenizer(config.model),
+        tokenizer,
         keys,
         context.journal,
         loop,
@@ -233,11 +233,12 @@ async def create(context: Context) -> TargetService:
     )
 
 
-def _load(config: TargetConfig) -> Model:
+def _load(config: TargetConfig) -> tuple[Model, Tokenizer]:
     torch.set_num_threads(config.threads)
     unfit, bad = "change target.dtype or target.model", "set target.model to a Hugging Face folder"
     with (
         translated(EngineError, FailedPrecondition, reason="BAD_CONFIGURATION", help=unfit),
         translated(CheckpointError, FailedPrecondition, reason="BAD_CHECKPOINT", help=bad),
     ):
-        return load_model(config.model, dtype=config.dtype, numerics=config.numerics, threads=config.threads)
+        model = load_model(config.model, dtype=config.dtype, numerics=config.numerics, threads=config.threads)
+        return model, Tokenizer(config.model)

@@ -50,7 +50,6 @@ class Session:
     message: str = ""
     done: bool = False
     stored_blocks: int = 0
-    held: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
