@@ -12,14 +12,17 @@ from countersign.services.engine.config import Dtype
 from countersign.services.engine.engine import Engine, Generation, kept_of
 from countersign.services.engine.errors import EngineError
 from countersign.services.engine.kv import PagedCache
+from countersign.services.engine.lookup import Lookup
 from countersign.services.engine.model import load_model
 from countersign.services.engine.speculation import Draft
+from countersign.services.runtime.config import DraftConfig
 
 from .protocol import Load, Speculation, Tokens, Unsupported, serve
 
 TOKENS = 16384
 # A proposal that leads the next best by less than this is a round's last; found on other prompts than those measured.
 MARGIN = 0.6
+LOOKUP = DraftConfig()
 
 
 class Ours:
@@ -50,8 +53,9 @@ class Ours:
         for generation in generations:
             engine.submit(generation)
         held: dict[str, int] = {}
+        lookups = {generation.id: Lookup(LOOKUP.lookup) for generation in generations}
         while len(engine):
-            drafts = self._propose(engine.decodes(), held, drafted) if speculation else {}
+            drafts = self._propose(engine.decodes(), lookups, held, drafted) if speculation else {}
             ran = engine.run(engine.plan(drafts=drafts))
             for result in ran.results:
                 if result.outcome.error:
@@ -65,22 +69,24 @@ class Ours:
             self._forget(name)
         return [generation.generated for generation in generations]
 
-    def _propose(self, generations: Sequence[Generation], held: dict[str, int], count: int) -> dict[str, Draft]:
-        """What the draft model offers those that decode next."""
-        asks = []
+    def _propose(
+        self, generations: Sequence[Generation], lookups: dict[str, Lookup], held: dict[str, int], count: int
+    ) -> dict[str, Draft]:
+        """What is offered to those that decode next: looked up, else from the draft model, as by the target service."""
+        drafts, asks = {}, []
         for generation in generations:
+            name, tokens = generation.id, generation.tokens
             # The pass itself adds a token, so that the last one is never worth a proposal.
-            wanted = min(count, generation.max_tokens - len(generation.generated) - 1)
-            if wanted > 0:
-                base = min(held.get(generation.id, 0), len(generation.tokens) - 1)
-                held[generation.id] = len(generation.tokens)
-                rest = tuple(generation.tokens[base:])
-                asks.append(Ask(generation.id, base, rest, wanted, generation.sampling))
-        if not asks or self._proposer is None:
-            return {}
-        proposed = self._proposer.propose(asks)
-        pairs = zip(asks, proposed, strict=True)
-        return {ask.request_id: Draft(tokens) for ask, tokens in pairs if not isinstance(tokens, int)}
+            left = generation.left - 1
+            if found := lookups[name].propose(tokens, min(LOOKUP.lookup_tokens, left)):
+                drafts[name] = Draft(found)
+            elif min(count, left) > 0:
+                base = min(held.get(name, 0), len(tokens) - 1)
+                held[name] = len(tokens)
+                asks.append(Ask(name, base, tuple(tokens[base:]), min(count, left), generation.sampling))
+        proposed = self._proposer.propose(asks) if asks and self._proposer is not None else []
+        pairs = zip(asks, proposed, strict=False)
+        return drafts | {ask.request_id: Draft(tokens) for ask, tokens in pairs if not isinstance(tokens, int)}
 
     def _forget(self, name: str) -> None:
         if self._proposer is not None:

@@ -37,6 +37,7 @@ _SERVER = r"(nats|tls|ws|wss)://[^\s,]+"
 # Each description completes "must be ...".
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535, description="a port, 0 to 65535")]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1, description="an integer, 1 or more")]
+LookupSize = Annotated[int, msgspec.Meta(ge=0, le=16, description="an integer from 0 to 16")]
 DraftTokens = Annotated[int, msgspec.Meta(ge=1, le=64, description="an integer from 1 to 64")]
 Replicas = Annotated[int, msgspec.Meta(ge=1, le=5, description="an integer from 1 to 5")]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9, description="a number of seconds, more than 0, at most 1e9")]
@@ -107,6 +108,8 @@ class DraftConfig:
     threads: Count = 1
     tokens: DraftTokens = 4  # proposals a round
     margin: Number = 0.0  # a token that leads the next best by less is a round's last
+    lookup: LookupSize = 3  # so many last tokens that stood in the request before propose what followed then; 0: never
+    lookup_tokens: DraftTokens = 10  # proposals of such a round
     cache_tokens: Count = 65_536
 
 

@@ -1,4 +1,7 @@
-"""Asks the draft service for proposals. Whatever goes wrong there costs speed only."""
+"""Proposals for what decodes next: looked up in the request itself, else from the draft service.
+
+Whatever goes wrong there costs speed only.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import logging
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
+from countersign.services.engine.lookup import Lookup
 from countersign.services.engine.speculation import Draft
 from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.config import DraftConfig
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.target.backoff import Backoff
 from countersign.services.target.session import Session
@@ -23,18 +28,34 @@ class Drafts:
     """
 
     def __init__(
-        self, bus: Bus, tokens: int, vocabulary_size: int, clock: Callable[[], float], log: logging.Logger
+        self, bus: Bus, config: DraftConfig, vocabulary_size: int, clock: Callable[[], float], log: logging.Logger
     ) -> None:
         self._bus = bus
-        self._tokens = tokens
+        self._config = config
         self._vocabulary_size = vocabulary_size
         self._backoff = Backoff(clock)
         self._log = log
         self._held: dict[str, int] = {}
+        self._lookups: dict[str, Lookup] = {}
 
     async def propose(self, sessions: Sequence[Session]) -> dict[str, Draft]:
-        """Proposals by request id for these sessions, which decode next; {} when the draft does not answer."""
-        asks = [ask for ask in map(self._ask, sessions) if ask is not None]
+        """Proposals by request id for these sessions, which decode next."""
+        # The pass itself gives one token beyond the proposals: asking for the last one would be wasted.
+        wanted = {session.request_id: session.generation.left - 1 for session in sessions if session.drafts}
+        takers = [session for session in sessions if wanted.get(session.request_id, 0) > 0]
+        found = {session.request_id: self._look_up(session, wanted[session.request_id]) for session in takers}
+        proposals = {name: draft for name, draft in found.items() if draft}
+        others = [session for session in takers if session.request_id not in proposals]
+        return proposals | await self._drafted([self._ask(other, wanted[other.request_id]) for other in others])
+
+    def _look_up(self, session: Session, wanted: int) -> Draft:
+        if not self._config.lookup:
+            return Draft()
+        lookup = self._lookups.setdefault(session.request_id, Lookup(self._config.lookup))
+        return Draft(lookup.propose(session.generation.tokens, min(self._config.lookup_tokens, wanted)))
+
+    async def _drafted(self, asks: Sequence[DraftSequence]) -> dict[str, Draft]:
+        """From the draft service; {} when it does not answer."""
         if not asks or self._backoff.resting:
             return {}
         try:
@@ -51,6 +72,7 @@ class Drafts:
 
     async def forget(self, request_id: str) -> None:
         """Tell the draft that a request has ended."""
+        self._lookups.pop(request_id, None)
         if self._held.pop(request_id, None) is None:
             return
         try:
@@ -60,18 +82,14 @@ class Drafts:
         except CountersignError as error:
             self._log.debug("draft was not told of the end request=%s error=%s", request_id, error.reason)
 
-    def _ask(self, session: Session) -> DraftSequence | None:
-        # The pass itself gives one token beyond the proposals: asking for the last one would be wasted.
-        count = min(self._tokens, session.opened.sampling.max_tokens - session.output_tokens - 1)
-        if not session.drafts or count < 1:
-            return None
+    def _ask(self, session: Session, wanted: int) -> DraftSequence:
         tokens = session.generation.tokens
         base = min(self._held.get(session.request_id, 0), len(tokens) - 1)
         return DraftSequence(
             request_id=session.request_id,
             base=base,
             token_ids=tokens[base:],
-            count=count,
+            count=min(self._config.tokens, wanted),
             sampling=session.opened.sampling,
         )
 

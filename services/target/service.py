@@ -217,7 +217,7 @@ async def create(context: Context) -> TargetService:
     prefixes = None
     if config.kv_store:
         prefixes = Prefixes(context.bus, context.instance, time.monotonic, context.log)
-    drafts = Drafts(context.bus, context.config.draft.tokens, model.config.vocabulary_size, time.monotonic, context.log)
+    drafts = Drafts(context.bus, context.config.draft, model.config.vocabulary_size, time.monotonic, context.log)
     loop = TargetLoop(engine, drafts, prefixes, keys, wall_ms=wall_ms, log=context.log)
     committer = Committer(context.journal, ReceiptMaker(key, info, build), wall_ms, loop.wake, context.log)
     return TargetService(
