@@ -369,6 +369,9 @@ async def _streams(ours: Worker, others: list[Worker], size: Size) -> list[Row]:
         size.rounds,
     )
     rows += [_rate(case, mine), pairs[0].row(case, 4)]
+    # Prompts take as long together as one after another: arithmetic, not weights, is what they wait for.
+    gain = STREAMS * pairs[0].theirs.step_seconds / mine.step_seconds
+    rows.append(Row("engine", case, "decode steps beside one stream's, prompts not counted", gain, "x", mine.calls))
     return rows + [
         pair.row(case, 2 if pair.theirs.runner.worker.module == "transformers" else None) for pair in pairs[1:]
     ]
