@@ -1,4 +1,4 @@
-"""The router's side of the commit protocol: opens a request, assigns it to a target, cancels it."""
+"""The router's side of the commit protocol: opens a request, assigns it to a target, cancels it, closes an orphan."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from countersign.services.protocol.appender import Appender
 from countersign.services.protocol.commit import LogState
 from countersign.services.protocol.errors import RequestIdTaken
 from countersign.services.protocol.events import AssignedTo, CancelledByClient, ClosedAlready, Effect, Settled
-from countersign.v1.commit_pb2 import Assigned, Cancelled, Opened
+from countersign.v1.commit_pb2 import Assigned, Cancelled, Closed, Opened
+from countersign.v1.sampling_pb2 import FINISH_REASON_CANCELLED, FinishReason
+
+Wanted = Opened | Assigned | Cancelled | Closed
 
 
 class Opener(Appender):
@@ -18,7 +21,8 @@ class Opener(Appender):
 
     def __init__(self, log: LogState) -> None:
         super().__init__(log)
-        self._wanted: Opened | Assigned | Cancelled | None = None
+        self._wanted: Wanted | None = None
+        self._epoch = 0
 
     def open(self, opened: Opened) -> Effect:
         """Opens the request. ``Settled`` once the log begins with ``opened`` or asks the same: a client's retry.
@@ -49,9 +53,20 @@ class Opener(Appender):
         """
         return self._want(Cancelled(cause=cause))
 
-    def _want(self, payload: Opened | Assigned | Cancelled) -> Effect:
+    def close(self, reason: FinishReason.ValueType, message: str = "") -> Effect:
+        """Closes, without a receipt, a log on which no target works: it is assigned to the router itself, or cancelled
+        and its target is gone. Other answers: ``ClosedAlready``, ``CancelledByClient`` when that came first,
+        ``AssignedTo`` when another router has found a target.
+
+        Raises:
+            AppendInFlight: the append before is not settled.
+            NotOpened: the log is empty.
+        """
+        return self._want(Closed(reason=reason, message=message))
+
+    def _want(self, payload: Wanted) -> Effect:
         self._must_be_idle()
-        self._wanted = payload
+        self._wanted, self._epoch = payload, self._log.epoch
         return self._go_on()
 
     def _stored(self) -> None:
@@ -65,20 +80,28 @@ class Opener(Appender):
             return Settled()
         answer = self._answer(self._wanted)
         if answer is None:
+            if isinstance(self._wanted, Closed):
+                self._wanted.usage.CopyFrom(self._log.usage())
             return self._append(self._wanted)
         # An append that is given up here may still arrive; the stream will refuse it, since another record is last.
         self._wanted, self._in_flight = None, None
         return answer
 
-    def _answer(self, wanted: Opened | Assigned | Cancelled) -> Effect | None:
+    def _answer(self, wanted: Wanted) -> Effect | None:
         log = self._log
         match wanted:
             case Opened():
                 return self._answer_open(wanted)
             case Cancelled() if log.cancelled is not None:
                 return Settled()
+            case Closed() if log.closed == wanted:
+                return Settled()
         if log.closed is not None:
             return ClosedAlready(log.closed.reason)
+        if isinstance(wanted, Closed) and log.epoch > self._epoch:
+            return AssignedTo(log.epoch, log.instance)
+        if isinstance(wanted, Closed) and wanted.reason == FINISH_REASON_CANCELLED and log.cancelled is not None:
+            return None
         if log.cancelled is not None:
             return CancelledByClient(log.cancelled.cause)
         if isinstance(wanted, Assigned) and log.epoch >= wanted.epoch:

@@ -8,27 +8,25 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from countersign.services.protocol.commit import LogState
+from countersign.services.protocol.custody import Custody
 from countersign.services.protocol.errors import LogError
 from countersign.services.protocol.events import Committed, Ended, Event
 from countersign.services.protocol.reader import Reader
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.router.answer import Answer
+from countersign.services.router.placing import Placer
 from countersign.services.router.receipts import Receipts
 from countersign.services.router.text import Text
 from countersign.services.runtime.errors import DataLoss, DeadlineExceeded, Unavailable, translated
 from countersign.services.runtime.journal import Entry, Journal
-from countersign.services.runtime.registry import Registry
 from countersign.v1.router_pb2 import Accepted, Finished, StreamEvent
 from countersign.v1.sampling_pb2 import FinishReason
 
-CHECK_S = 1.0
+# How often it is looked whether anyone works on a silent request.
+CHECK_S = 0.25
 # How long the bus may be away, and the pause between two looks whether it is back.
 PATIENCE_S = 30.0
 PAUSE_S = 0.2
-# Reasons with which a request is given up, whatever the bus does.
-ABANDONED = frozenset({"TARGET_LOST", "TARGET_SILENT"})
-# A target answers its requests' deadlines itself; this long after one the router stops believing in it.
-DEADLINE_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Follower:
 
     text: Text
     journal: Journal
-    registry: Registry
+    placer: Placer
     receipts: Receipts
     wall_ms: Callable[[], int]
 
@@ -45,8 +43,7 @@ class Follower:
         """Accepted, the committed tokens from ``position`` on, Finished.
 
         Raises:
-            Unavailable: reason TARGET_LOST: its target is gone; the log keeps what is committed. Else the bus is away.
-            DeadlineExceeded: its target let the deadline pass.
+            Unavailable, DeadlineExceeded: the bus is away.
             DataLoss: the log or the receipt is not as it was written.
         """
         reader = Reader(request_id)
@@ -86,21 +83,21 @@ class Follower:
 
     async def _entries(self, request_id: str, reader: Reader) -> AsyncGenerator[Entry, None]:
         """The log's records as they come, through outages of the bus that are shorter than ``PATIENCE_S``."""
-        loop = asyncio.get_running_loop()
+        loop, custody = asyncio.get_running_loop(), Custody(self.wall_ms())
         give_up = loop.time() + PATIENCE_S
         while True:
             try:
-                async with aclosing(self._tail(request_id, reader)) as tail:
+                async with aclosing(self._tail(request_id, reader, custody)) as tail:
                     async for entry in tail:
                         give_up = loop.time() + PATIENCE_S
                         yield entry
-            except (Unavailable, DeadlineExceeded) as error:
-                if error.reason in ABANDONED or loop.time() > give_up:
+            except (Unavailable, DeadlineExceeded):
+                if loop.time() > give_up:
                     raise
             await asyncio.sleep(PAUSE_S)
 
-    async def _tail(self, request_id: str, reader: Reader) -> AsyncGenerator[Entry, None]:
-        """The records after those read; between them, whether anyone is still working on the request."""
+    async def _tail(self, request_id: str, reader: Reader, custody: Custody) -> AsyncGenerator[Entry, None]:
+        """The records after those read; while there are none, the request is looked after."""
         tail = self.journal.tail(commit_subject(request_id), after=reader.log.sequence)
         pending: asyncio.Task[Entry] | None = None
         try:
@@ -109,36 +106,15 @@ class Follower:
                 done, _ = await asyncio.wait({pending}, timeout=CHECK_S)
                 if done:
                     entry, pending = pending.result(), None
+                    custody.grew(self.wall_ms())
                     yield entry
                 else:
-                    self._check(request_id, reader.log)
+                    await self.placer.look_after(custody, reader.log, self.wall_ms())
         finally:
             if pending is not None:
                 pending.cancel()
                 await asyncio.gather(pending, return_exceptions=True)
             await tail.aclose()
-
-    def _check(self, request_id: str, log: LogState) -> None:
-        """Raises when nobody can be at work on the request any more."""
-        if log.opened is None:
-            return  # the first read is not back yet
-        deadline = log.opened.deadline_unix_ms
-        if deadline and self.wall_ms() > deadline + DEADLINE_GRACE_S * 1000:
-            raise DeadlineExceeded(
-                f"request {request_id} is past its deadline and its target {log.instance} has not ended it",
-                reason="TARGET_SILENT",
-                request_id=request_id,
-            )
-        live = {target.instance for target in self.registry.live("target")}
-        # Who does not see itself does not see the others either: the bus is away.
-        sighted = bool(self.registry.live("router"))
-        if sighted and log.instance and log.instance not in live:
-            raise Unavailable(
-                f"target {log.instance} is gone in the middle of request {request_id}",
-                reason="TARGET_LOST",
-                help=f"its {len(log.tokens)} committed tokens stay in the log; ask again under another request id",
-                request_id=request_id,
-            )
 
     async def _decode(self, answer: Answer, *, final: bool) -> AsyncIterator[StreamEvent]:
         """The tokens whose text is settled by now."""

@@ -17,10 +17,9 @@ from countersign.services.protocol.errors import LogError, RequestIdTaken
 from countersign.services.protocol.events import ClosedAlready, Settled
 from countersign.services.protocol.opener import Opener
 from countersign.services.protocol.subjects import commit_subject
-from countersign.services.protocol.writer import Writer
 from countersign.services.router import admission
 from countersign.services.router.following import Follower
-from countersign.services.router.placement import candidates
+from countersign.services.router.placing import Placer
 from countersign.services.router.receipts import Receipts
 from countersign.services.router.text import Text
 from countersign.services.runtime.background import Background
@@ -33,7 +32,6 @@ from countersign.services.runtime.errors import (
     FailedPrecondition,
     NotFound,
     ResourceExhausted,
-    Unavailable,
     translated,
 )
 from countersign.services.runtime.journal import Entry
@@ -56,7 +54,7 @@ from countersign.v1.router_pb2 import (
     ResumeResponse,
 )
 from countersign.v1.sampling_pb2 import FinishReason
-from countersign.v1.target_pb2 import RefreshRequest, RefreshResponse, StartRequest, StartResponse
+from countersign.v1.target_pb2 import RefreshRequest, RefreshResponse
 
 CALL_TIMEOUT_S = 5.0
 CANCEL_WAIT_S = 5.0
@@ -75,14 +73,17 @@ class RouterService:
         self._journal = context.journal
         self._receipts = Receipts(context.journal)
         self._text = Text(context.bus)
-        self._follower = Follower(self._text, context.journal, context.registry, self._receipts, wall_ms)
+        self._placer = Placer(context)
+        self._follower = Follower(self._text, context.journal, self._placer, self._receipts, wall_ms)
         self._active = 0
         self._background = Background()
+        self._orphans = Background()
 
     async def run(self) -> None:
         await asyncio.Event().wait()
 
     async def close(self) -> None:
+        await self._orphans.cancel()
         await self._background.drain()
 
     def describe(self, instance: Instance) -> None:
@@ -103,7 +104,7 @@ class RouterService:
         try:
             opener = await self._open(request_id, request)
             opened = True
-            await self._place(opener)
+            await self._placer.place(opener)
             async with aclosing(self._follower.follow(request_id, 0)) as events:
                 async for event in events:
                     finished = event.HasField("finished")
@@ -111,8 +112,13 @@ class RouterService:
         finally:
             self._active -= 1
             goes_on = request.on_disconnect == OnDisconnect.ON_DISCONNECT_CONTINUE
-            if opened and not finished and not goes_on:
-                self._background.spawn(self._cancel_quietly(request_id, "the client went away"))
+            if opened and not finished:
+                left = (
+                    self._look_after(request_id)
+                    if goes_on
+                    else self._cancel_quietly(request_id, "the client went away")
+                )
+                self._background.spawn(left)
 
     async def Resume(self, request: ResumeRequest, call: Call) -> AsyncIterator[ResumeResponse]:
         """Raises NotFound(UNKNOWN_REQUEST)."""
@@ -199,47 +205,6 @@ class RouterService:
             return request.token_ids.ids
         return await self._text.encode(request.text)
 
-    async def _place(self, opener: Opener) -> None:
-        """Assign the request to a target that takes it; where none does, close it and raise why.
-
-        A repeated call finds the log assigned: its target is asked to start it once more, which changes nothing where
-        it has, and mends it where the first call's router died in between.
-        """
-        log = opener.log
-        if log.ended or log.opened is None:
-            return
-        if log.epoch > 0 and await self._started(log) is None:
-            return
-        refusal: CountersignError = Unavailable("no target is alive", reason="NO_TARGET", help="try again")
-        for target in candidates(self._context.registry.live("target"), log.opened.weights_sha256):
-            final = await settle(opener, opener.assign(target.instance), self._journal)
-            if not isinstance(final, Settled):
-                return
-            failure = await self._started(opener.log)
-            if failure is None:
-                return
-            refusal = failure
-        await self._close_refused(opener, refusal)
-        raise refusal
-
-    async def _started(self, log: LogState) -> CountersignError | None:
-        """Have the log's target start it; why it did not, None when it did."""
-        start = StartRequest(request_id=log.request_id, epoch=log.epoch)
-        try:
-            await self._bus.call("target", "Start", start, StartResponse, timeout=CALL_TIMEOUT_S, instance=log.instance)
-        except (ResourceExhausted, Unavailable, DeadlineExceeded) as error:
-            return error
-        return None
-
-    async def _close_refused(self, opener: Opener, refusal: CountersignError) -> None:
-        """No target took the request: take it over, so that none can any more, and close it."""
-        instance = self._context.instance
-        if not isinstance(await settle(opener, opener.assign(instance), self._journal), Settled):
-            return
-        writer = Writer(opener.log, epoch=opener.log.epoch, instance=instance)
-        close = writer.close(FinishReason.FINISH_REASON_ERROR, message=f"no target took the request: {refusal}")
-        await settle(writer, close, self._journal)
-
     async def _refresh(self, log: LogState) -> None:
         """Tell the log's target that it has grown. It would find out by itself, at its next append."""
         request = RefreshRequest(request_id=log.request_id)
@@ -249,6 +214,13 @@ class RouterService:
             )
         except CountersignError as error:
             self._context.log.warning("target was not told request=%s error=%s", log.request_id, error.reason)
+
+    async def _look_after(self, request_id: str) -> None:
+        """See a request to its end whose client will come back for it."""
+        try:
+            await self._follower.ended(request_id)
+        except CountersignError as error:
+            self._context.log.warning("request is left to itself request=%s error=%s", request_id, error.reason)
 
     async def _cancel_quietly(self, request_id: str, cause: str) -> None:
         """Nobody waits for the answer any more; the log says so, and the target stops."""

@@ -123,6 +123,7 @@ class TargetConfig:
     numerics: Numerics = "invariant"  # fast: torch may round otherwise for another batch
     threads: Count = 1
     cache_tokens: Count = 65_536
+    processes: Count = 1  # that `countersign up` runs; when one dies, another goes on with its requests
     max_requests: Count = 256  # waiting ones included; more are refused
     max_running: Count = 256  # at once; fewer run when their KV does not fit
     token_budget: Count = 512  # tokens a forward pass

@@ -52,7 +52,10 @@ __all__ = [
 NATS = "nats"
 ROUTER = "router"
 DRAFT = "draft"
-SERVICES = ("tokenizer", DRAFT, "target", "kv", "auditor", ROUTER)
+TARGET = "target"
+SERVICES = ("tokenizer", DRAFT, TARGET, "kv", "auditor", ROUTER)
+# Between a service's name and the number of its process.
+COPY = "-"
 
 _PROBE_S = 0.05
 _DISCONNECT_S = 2.0
@@ -109,6 +112,7 @@ class Supervisor:
         self._data_dir = config.data_dir.absolute()
         commands = services if isinstance(services, Mapping) else {name: service_command(name) for name in services}
         self._commands = {name: list(c) for name, c in commands.items() if name != DRAFT or config.draft.enabled}
+        self._commands |= _more_targets(self._commands, config.target.processes)
         self._on_event = on_event
         self._policy = RestartPolicy(limits)
         self._patience = patience or Patience()
@@ -226,7 +230,7 @@ class Supervisor:
         self._undo.push_async_callback(self._stop_services)
         for name, command in self._commands.items():
             spawn = partial(Child, [*command, "--config", str(file)], log=self._log(name))
-            self._keep(name, spawn, partial(_probe, registry, name))
+            self._keep(name, spawn, partial(_probe, registry, name.split(COPY)[0]))
 
     async def _all_healthy(self) -> None:
         # At the same time: one that was healthy may be gone again when the slowest is.
@@ -289,6 +293,14 @@ class Supervisor:
         finally:
             wanted.cancel()
             await asyncio.gather(wanted, return_exceptions=True)
+
+
+def _more_targets(commands: Mapping[str, Sequence[str]], processes: int) -> dict[str, list[str]]:
+    """The targets beyond the first, each on a free port."""
+    if TARGET not in commands:
+        return {}
+    command = [*commands[TARGET], "--set", "target.listen=127.0.0.1:0"]
+    return {f"{TARGET}{COPY}{number}": command for number in range(2, processes + 1)}
 
 
 async def _probe(registry: Registry, name: str, child: Child) -> str:

@@ -18,7 +18,12 @@ from countersign.services.protocol.events import (
 )
 from countersign.services.protocol.opener import Opener
 from countersign.v1.commit_pb2 import Assigned, Cancelled, Closed, Extended, Opened
-from countersign.v1.sampling_pb2 import FINISH_REASON_STOP, SamplingParams
+from countersign.v1.sampling_pb2 import (
+    FINISH_REASON_CANCELLED,
+    FINISH_REASON_DEADLINE,
+    FINISH_REASON_STOP,
+    SamplingParams,
+)
 
 OPENED = Opened(model="m", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=6), opened_unix_ms=5)
 ASSIGNED = Assigned(epoch=1, instance="t1")
@@ -155,3 +160,46 @@ def test_a_log_that_nobody_opened_takes_nothing_else() -> None:
         Opener(LogState("r1")).assign("t1")
     with pytest.raises(errors.NotOpened):
         Opener(LogState("r1")).cancel("bored")
+
+
+def test_a_log_that_a_router_took_over_is_closed_with_what_it_adds_up_to() -> None:
+    opener = opener_of(OPENED, ASSIGNED, TOKEN)
+    opener.assign("router-1")
+    opener.acked(50)
+    opener.close(FINISH_REASON_DEADLINE, "too late")
+    assert opener.acked(51) == Settled()
+    closed = opener.log.closed
+    assert closed is not None
+    assert (closed.reason, closed.message, closed.usage.output_tokens) == (FINISH_REASON_DEADLINE, "too late", 1)
+
+
+def test_a_cancelled_log_whose_target_is_gone_is_closed_as_cancelled() -> None:
+    opener = opener_of(OPENED, ASSIGNED, TOKEN, CANCELLED)
+    opener.close(FINISH_REASON_CANCELLED)
+    assert opener.acked(50) == Settled()
+
+
+def test_a_close_that_tokens_overtake_bills_them_too() -> None:
+    opener = opener_of(OPENED, ASSIGNED)
+    opener.close(FINISH_REASON_DEADLINE)
+    opener.refused(stored(OPENED, ASSIGNED, TOKEN))
+    opener.acked(50)
+    assert opener.log.closed is not None
+    assert opener.log.closed.usage.output_tokens == 1
+
+
+def test_a_close_yields_to_a_router_that_found_a_target() -> None:
+    opener = opener_of(OPENED, ASSIGNED)
+    opener.close(FINISH_REASON_DEADLINE)
+    assert opener.refused(stored(OPENED, ASSIGNED, Assigned(epoch=2, instance="t2"))) == AssignedTo(2, "t2")
+    assert opener.in_flight is None
+
+
+def test_a_close_yields_to_a_cancel_and_to_another_close() -> None:
+    opener = opener_of(OPENED, ASSIGNED)
+    opener.close(FINISH_REASON_DEADLINE)
+    assert opener.refused(stored(OPENED, ASSIGNED, CANCELLED)) == CancelledByClient("bored")
+    opener = opener_of(OPENED, ASSIGNED)
+    opener.close(FINISH_REASON_DEADLINE)
+    end = closed_after(OPENED, ASSIGNED)
+    assert opener.refused(stored(OPENED, ASSIGNED, end)) == ClosedAlready(FINISH_REASON_STOP)

@@ -1,0 +1,127 @@
+"""Gives requests to targets, takes them from targets that are gone, and closes what nobody can finish."""
+
+from __future__ import annotations
+
+from countersign.services.protocol.commit import LogState
+from countersign.services.protocol.custody import Custody, Verdict
+from countersign.services.protocol.driver import settle
+from countersign.services.protocol.events import Settled
+from countersign.services.protocol.opener import Opener
+from countersign.services.router.placement import candidates
+from countersign.services.runtime.errors import (
+    CountersignError,
+    DeadlineExceeded,
+    FailedPrecondition,
+    ResourceExhausted,
+    Unavailable,
+)
+from countersign.services.runtime.service import Context
+from countersign.v1.sampling_pb2 import FinishReason
+from countersign.v1.target_pb2 import StartRequest, StartResponse
+
+START_S = 5.0
+# A live target answers a question within milliseconds, so that this much is a target that hangs.
+ASK_S = 0.5
+# What is said of the bus and not of a target.
+AWAY = frozenset({"DISCONNECTED", "CONNECTION_LOST", "BUS_CLOSED"})
+
+
+class Placer:
+    """The targets as one router sees them."""
+
+    def __init__(self, context: Context) -> None:
+        self._bus, self._journal, self._registry = context.bus, context.journal, context.registry
+        self._instance, self._log = context.instance, context.log
+
+    async def place(self, opener: Opener) -> None:
+        """Assign the request to a target that takes it; where none does, close it and raise why.
+
+        A repeated call finds the log assigned: its target is asked to start it once more, which changes nothing where
+        it has, and mends it where the first call's router died in between.
+        """
+        log = opener.log
+        if log.ended or log.opened is None:
+            return
+        if log.epoch > 0 and await self._started(log, START_S) is None:
+            return
+        refusal = await self._assign(opener)
+        if refusal is not None:
+            # Taken over by this router, no target can take it any more.
+            if isinstance(await settle(opener, opener.assign(self._instance), self._journal), Settled):
+                message = f"no target took the request: {refusal}"
+                await settle(opener, opener.close(FinishReason.FINISH_REASON_ERROR, message), self._journal)
+            raise refusal
+
+    async def look_after(self, custody: Custody, log: LogState, now: int) -> None:
+        """Do what is due for a request that has been silent: ask its target, move it, or close it.
+
+        Raises:
+            Unavailable, DeadlineExceeded: the bus does not answer.
+        """
+        match custody.verdict(now, log, live=self._live(log)):
+            case Verdict.ASK:
+                custody.answered(now, log.epoch, held=await self._holds(log))
+            case Verdict.MOVE:
+                await self._move(custody, log, now)
+            case Verdict.CLOSE:
+                await self._close(log)
+                custody.moved(now, placed=False)
+
+    async def _holds(self, log: LogState) -> bool:
+        """Whether the log's target works on the request, asked of it."""
+        try:
+            failure = await self._started(log, ASK_S)
+        except FailedPrecondition:
+            return True  # the log has moved on, and will tell
+        if failure is not None and failure.reason in AWAY:
+            raise failure
+        return failure is None
+
+    def _live(self, log: LogState) -> bool | None:
+        # Who does not see itself does not see the others either: the bus is away.
+        if not self._registry.live("router"):
+            return None
+        return any(target.instance == log.instance and not target.draining for target in self._registry.live("target"))
+
+    async def _move(self, custody: Custody, log: LogState, now: int) -> None:
+        refusal = await self._assign(Opener(log), past=log.instance)
+        custody.moved(now, placed=refusal is None)
+        state = f"request={log.request_id} from={log.instance} epoch={log.epoch} tokens={len(log.tokens)}"
+        if refusal is None:
+            self._log.warning("a request was taken from its target %s", state)
+        else:
+            self._log.warning("no target takes a request over, trying on %s error=%s", state, refusal.reason)
+
+    async def _close(self, log: LogState) -> None:
+        opener = Opener(log)
+        if log.cancelled is not None:
+            await settle(opener, opener.close(FinishReason.FINISH_REASON_CANCELLED), self._journal)
+        elif isinstance(await settle(opener, opener.assign(self._instance), self._journal), Settled):
+            message = f"target {log.instance} let the deadline pass"
+            await settle(opener, opener.close(FinishReason.FINISH_REASON_DEADLINE, message), self._journal)
+
+    async def _assign(self, opener: Opener, past: str = "") -> CountersignError | None:
+        """Assign the request to the least busy target that takes it; None once it is settled, by whomever."""
+        refusal: CountersignError = Unavailable("no target is alive", reason="NO_TARGET", help="try again")
+        opened = opener.log.opened
+        if opened is None:
+            return None
+        for target in candidates(self._registry.live("target"), opened.weights_sha256):
+            if target.instance == past:
+                continue
+            if not isinstance(await settle(opener, opener.assign(target.instance), self._journal), Settled):
+                return None
+            failure = await self._started(opener.log, START_S)
+            if failure is None:
+                return None
+            refusal = failure
+        return refusal
+
+    async def _started(self, log: LogState, patience: float) -> CountersignError | None:
+        """Have the log's target start it; why it did not, None when it did."""
+        start = StartRequest(request_id=log.request_id, epoch=log.epoch)
+        try:
+            await self._bus.call("target", "Start", start, StartResponse, timeout=patience, instance=log.instance)
+        except (ResourceExhausted, Unavailable, DeadlineExceeded) as error:
+            return error
+        return None

@@ -1,0 +1,157 @@
+"""Targets die, hang and are stopped in the middle of answers; another goes on, and clients see a pause only."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+from stacks import Running, start_stack, stop_stack
+
+from countersign.client import Client, Finished, FinishReason, Tokens
+from countersign.services.protocol.commit import LogState, replay
+from countersign.services.protocol.subjects import commit_subject
+from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.journal import Journal
+from countersign.services.runtime.registry import Registry
+from countersign.verify.audit import audit
+from countersign.verify.difr import load_reference
+from countersign.verify.keys import load_public
+
+PROMPT = "class Stack:\n    def push(self, item):\n"
+LENGTH = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Two targets, and a view of the log and of who is alive."""
+
+    running: Running
+    journal: Journal
+    registry: Registry
+
+    async def log(self, request_id: str) -> LogState:
+        return replay(request_id, await self.journal.read(commit_subject(request_id)))
+
+    async def owner(self, request_id: str) -> int:
+        """Process id of the request's target."""
+        instance = (await self.log(request_id)).instance
+        return next(target.pid for target in self.registry.live("target") if target.instance == instance)
+
+    async def complete(self) -> None:
+        """Wait until two targets live."""
+        async with asyncio.timeout(60):
+            while len({t.pid for t in self.registry.live("target") if psutil.pid_exists(t.pid)}) < 2:
+                await asyncio.sleep(0.1)
+
+
+@dataclass(slots=True)
+class Told:
+    """What a client was told of one answer."""
+
+    token_ids: list[int]
+    finished: Finished
+
+
+async def told(stage: Stage, request_id: str, seed: int, hurt: int | None = None) -> Told:
+    """One answer; its target gets the signal ``hurt`` once the first tokens are there."""
+    token_ids: list[int] = []
+    async with asyncio.timeout(100), Client(stage.running.router) as client:
+        async for event in client.generate(
+            PROMPT, request_id=request_id, max_tokens=LENGTH, ignore_eos=True, temperature=0.7, seed=seed
+        ):
+            if isinstance(event, Tokens):
+                if hurt is not None and not token_ids:
+                    os.kill(await stage.owner(request_id), hurt)
+                token_ids += [token.id for token in event.tokens]
+            elif isinstance(event, Finished):
+                return Told(token_ids, event)
+    pytest.fail("the stream ended without Finished")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """They get hurt, so that the stack is this file's own."""
+    running = start_stack(tmp_path_factory.mktemp("takeover") / "data", "target.processes=2")
+    yield running
+    wake(running)
+    assert stop_stack(running) == 0
+
+
+def wake(running: Running) -> None:
+    """Let go on what was stopped."""
+    for child in psutil.Process(running.process.pid).children(recursive=True):
+        child.resume()
+
+
+@pytest.fixture
+async def stage(running: Running) -> AsyncIterator[Stage]:
+    wake(running)
+    bus = await Bus.connect(running.nats, "test")
+    async with Registry(bus) as registry:
+        stage = Stage(running, Journal(bus), registry)
+        await stage.complete()
+        yield stage
+    await bus.close()
+
+
+@pytest.mark.parametrize("hurt", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM], ids=lambda number: number.name)
+async def test_another_target_goes_on_with_the_same_tokens_and_one_valid_receipt(
+    stage: Stage, hurt: signal.Signals, demo_models: dict[str, Path]
+) -> None:
+    whole = await told(stage, f"whole-{hurt.name}", seed=5)
+    found = await told(stage, f"hurt-{hurt.name}", seed=5, hurt=hurt)
+    assert found.token_ids == whole.token_ids
+    assert len(found.token_ids) == LENGTH
+    log = await stage.log(f"hurt-{hurt.name}")  # replay refuses positions committed twice and tokens of a fenced epoch
+    assert log.epoch >= 2
+    assert found.finished.reason is FinishReason.LENGTH
+    report = audit(
+        found.finished.receipt,
+        trusted_keys=[load_public(stage.running.data_dir / "keys" / "receipts.pub")],
+        reference=partial(load_reference, demo_models["target"]),
+    )
+    assert report.verdict == "pass", report
+
+
+async def test_a_target_that_wakes_up_after_it_was_replaced_commits_nothing(stage: Stage) -> None:
+    request_id = "asleep"
+    found = await told(stage, request_id, seed=6, hurt=signal.SIGSTOP)
+    log = await stage.log(request_id)
+    wake(stage.running)
+    await told(stage, "after", seed=7)  # the woken one has had its time to try
+    later = await stage.log(request_id)
+    assert (later.sequence, later.token_ids) == (log.sequence, tuple(found.token_ids))
+
+
+async def test_many_answers_survive_the_death_of_a_target(stage: Stage) -> None:
+    whole = await asyncio.gather(*(told(stage, f"many-{seed}", seed) for seed in range(6)))
+    answers = [asyncio.create_task(told(stage, f"many-hurt-{seed}", seed)) for seed in range(6)]
+    async with asyncio.timeout(30):
+        while not (await stage.log("many-hurt-0")).token_ids:
+            await asyncio.sleep(0.01)
+    os.kill(await stage.owner("many-hurt-0"), signal.SIGKILL)
+    assert [one.token_ids for one in await asyncio.gather(*answers)] == [one.token_ids for one in whole]
+
+
+async def test_a_request_past_its_deadline_is_closed_though_its_target_hangs(stage: Stage) -> None:
+    # With every target asleep, only the router is left to close it.
+    reason = None
+    async with asyncio.timeout(60), Client(stage.running.router) as client:
+        stopped = False
+        async for event in client.generate(
+            PROMPT, request_id="late", max_tokens=1900, ignore_eos=True, timeout=3, temperature=0.7, seed=1
+        ):
+            if isinstance(event, Tokens) and not stopped:
+                stopped = True
+                for target in stage.registry.live("target"):
+                    os.kill(target.pid, signal.SIGSTOP)
+            elif isinstance(event, Finished):
+                reason = event.reason
+    assert reason is FinishReason.DEADLINE
