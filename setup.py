@@ -13,7 +13,8 @@ FLAGS = [
     "-Wall", "-Wextra",
 ]  # fmt: skip
 HEADERS = [f"kernels/native/{name}.h" for name in (
-    "vectors", "matmul", "attention", "elementwise", "threads", "program", "sampling", "library",
+    "vectors", "matmul", "attention", "elementwise", "threads", "program", "ranks", "sampling",
+    "library",
 )]  # fmt: skip
 
 

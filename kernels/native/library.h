@@ -1,5 +1,6 @@
 // What Python calls; kernels/native/library.py mirrors the structures.
 #include "program.h"
+#include "ranks.h"
 #include "sampling.h"
 
 // Lays out weights (outputs, inputs), row by row, in panels. `interleaved`: rows are gate then up, wanted 16 by 16 in turn.
@@ -88,7 +89,7 @@ int draft(struct program *program, const struct step *first, const struct sampli
 }
 
 // For tests of one operation each.
-void attend_once(const struct pages *pages, const struct queries *queries) { attend(pages, queries); }
+void attend_once(const struct pages *pages, struct queries *queries) { attend(pages, queries); }
 
 void exponentials(const float *x, float *y, int64_t size) {
     for (int64_t i = 0; i < size; i++) y[i] = exponential(x[i]);

@@ -124,6 +124,16 @@ class Library:
         self.program_new = _call(calls.program_new, c_void_p, POINTER(ShapeStruct), POINTER(OpStruct), c_void_p)
         self.program_free = _call(calls.program_free, None, c_void_p)
         self.program_run = _call(calls.program_run, c_int32, c_void_p, POINTER(StepStruct))
+        self.program_run_ops = _call(
+            calls.program_run_ops, c_int32, c_void_p, POINTER(StepStruct), c_int32, c_int32
+        )
+        self.attend_nodes = _call(
+            calls.attend_nodes, None,
+            c_void_p, POINTER(StepStruct), c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p,
+        )  # fmt: skip
+        self.fold_nodes = _call(
+            calls.fold_nodes, None, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_int64
+        )
         self.pack = _call(calls.pack, None, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32)
         self.sample = _call(
             calls.sample, None, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p

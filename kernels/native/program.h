@@ -62,6 +62,7 @@ struct program {
     int32_t *chosen, *members, *offsets;  // experts: (rows * per_token) ids; the same by expert; (experts + 1)
     float *shares;                        // (rows * per_token)
     const struct step *step;
+    int32_t first_op;  // of the run
 };
 
 #define ROW_BLOCK 8
@@ -177,6 +178,7 @@ static void run_rotate(const struct program *program, const struct op *op, int r
         rotate(head + h * s->head_dim, cos, sin, half);
     }
     const int64_t page = program->slots[row] / PAGE;
+    if (!page) return;  // another rank has it
     for (int h = 0; h < s->kv_heads; h++) {
         const float *k = head + (s->heads + h) * s->head_dim, *v = k + s->kv_heads * s->head_dim;
         store_kv(page_part(program, page, op->layer, 0, h), page_part(program, page, op->layer, 1, h),
@@ -231,7 +233,7 @@ static void run_attend(const struct program *program, const struct op *op, int u
         gather_tail(program, op, tile->span, tile->first, head, tails);
         pages.tails = tails;
     }
-    struct queries queries = {.window = s->window, .scale = s->scale};
+    struct queries queries = {.window = s->window, .scale = s->scale, .end = INT32_MAX};
     for (int first = 0; first < group; first += MAX_QUERIES) {
         queries.count = 0;
         const int heads = group - first < MAX_QUERIES ? group - first : MAX_QUERIES;
@@ -243,6 +245,7 @@ static void run_attend(const struct program *program, const struct op *op, int u
                 queries.position[queries.count++] = program->positions[r];
             }
         attend(&pages, &queries);
+        for (int i = 0; i < queries.count; i++) normalise(queries.out[i], queries.weight[i].sum, s->head_dim);
     }
     free(tails);
 }
@@ -294,7 +297,7 @@ static void watch(const struct program *program, int index) {
 
 static void run_stage_unit(void *argument, int index, int unit) {
     const struct program *program = argument;
-    run_unit(program, &program->ops[index], unit);
+    run_unit(program, &program->ops[program->first_op + index], unit);
 }
 
 static int grow(struct program *program, int rows) {
@@ -357,16 +360,22 @@ void program_free(struct program *program) {
     free(program->units), free(program->chosen), free(program->members), free(program->shares), free(program);
 }
 
-// 0, or -1 when there is no memory (nothing was computed).
-int program_run(struct program *program, const struct step *step) {
-    if (!grow(program, step->rows)) return -1;
-    program->step = step;
-    lay_out(program, step);
-    for (int i = 0; i < program->shape.ops; i++) program->stage_units[i] = unit_count(program, &program->ops[i]);
-    if (!step->bad_layer) return team_run(program->team, program->shape.ops, program->stage_units, run_stage_unit, program);
-    for (int i = 0; i < program->shape.ops; i++) {
-        for (int unit = 0; unit < program->stage_units[i]; unit++) run_unit(program, &program->ops[i], unit);
+// Operations [first, last) of a step; operation 0 is run first. 0, or -1 when there is no memory (nothing was computed).
+int program_run_ops(struct program *program, const struct step *step, int first, int last) {
+    program->step = step, program->first_op = first;
+    if (!first) {
+        if (!grow(program, step->rows)) return -1;
+        lay_out(program, step);
+    }
+    for (int i = first; i < last; i++) program->stage_units[i - first] = unit_count(program, &program->ops[i]);
+    if (!step->bad_layer) return team_run(program->team, last - first, program->stage_units, run_stage_unit, program);
+    for (int i = first; i < last; i++) {
+        for (int unit = 0; unit < program->stage_units[i - first]; unit++) run_unit(program, &program->ops[i], unit);
         watch(program, i);
     }
     return 0;
+}
+
+int program_run(struct program *program, const struct step *step) {
+    return program_run_ops(program, step, 0, program->shape.ops);
 }

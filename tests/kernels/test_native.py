@@ -173,15 +173,21 @@ class QueriesStruct(ctypes.Structure):
     """struct queries of attention.h."""
 
     _fields_: ClassVar = [
-        ("q", c_void_p * 64), ("out", c_void_p * 64), ("position", c_int32 * 64), ("count", c_int32),
-        ("window", c_int32), ("scale", c_float),
+        ("q", c_void_p * 64), ("out", c_void_p * 64), ("weights", c_float * 128), ("position", c_int32 * 64),
+        ("count", c_int32), ("window", c_int32), ("first", c_int32), ("end", c_int32), ("scale", c_float),
     ]  # fmt: skip
 
 
 def attended(
-    variant: str, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: list[int], window: int
-) -> torch.Tensor:
-    """q (n, d), keys and values (m, d) laid out in pages that stand in no order."""
+    variant: str,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: list[int],
+    window: int = 0,
+    leaves: tuple[int, int] = (0, 2**31 - 1),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of q (n, d), keys and values (m, d) laid out in pages that stand in no order."""
     library = native.load(variant)
     spec = importlib.util.find_spec(f"countersign.kernels.native.x86_64_{variant}")
     assert library is not None
@@ -196,11 +202,12 @@ def attended(
     out = torch.full_like(q, math.nan)
     stride = head_dim * 16
     struct = PagesStruct(k.data_ptr(), v.data_ptr(), None, table.data_ptr(), stride, 2**31 - 1, head_dim, 0)
-    queries = QueriesStruct(count=len(q), window=window, scale=head_dim**-0.5)
+    queries = QueriesStruct(count=len(q), window=window, first=leaves[0], end=leaves[1], scale=head_dim**-0.5)
     for i, position in enumerate(positions):
         queries.q[i], queries.out[i], queries.position[i] = q[i].data_ptr(), out[i].data_ptr(), position
     call(ctypes.byref(struct), ctypes.byref(queries))
-    return out
+    top, total = torch.tensor(list(queries.weights)[: 2 * len(q)]).view(-1, 2).unbind(dim=1)
+    return out / total[:, None], top + total.log()
 
 
 def scores_of(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -230,12 +237,15 @@ def test_a_querys_result_is_right_and_its_own_whoever_stands_beside_it_and_whate
     q, keys, values = (torch.randn(n, head_dim, generator=generator) for n in (count, tokens, tokens))
     q[:, 0], keys[:, 0] = 8.0, keys[:, 0] * 0.1 + offset * head_dim**0.5 / 8  # all scores far from 0
     positions = torch.randint(0, tokens, (count,), generator=generator).tolist()
-    out = attended(variant, q, keys, values, positions, window)
+    out, lse = attended(variant, q, keys, values, positions, window)
     for i, position in enumerate(positions):
         low = max(0, position - window + 1) if window else 0
-        weights = torch.softmax(scores_of(q[i], keys[low : position + 1]).double(), dim=0)
+        scores = scores_of(q[i], keys[low : position + 1]).double()
+        weights = torch.softmax(scores, dim=0)
+        assert (lse[i] - torch.logsumexp(scores, dim=0)).abs() < 1e-5 * max(1.0, abs(float(lse[i])))
         assert (out[i] - weights @ values[low : position + 1].double()).abs().max() < 1e-5
         unseen_k, unseen_v = keys.clone(), values.clone()
         unseen_k[position + 1 :], unseen_v[position + 1 :] = math.nan, math.nan
-        alone = attended(variant, q[i : i + 1], unseen_k, unseen_v, [position], window)
+        alone, alone_lse = attended(variant, q[i : i + 1], unseen_k, unseen_v, [position], window)
         assert torch.equal(alone[0], out[i])
+        assert alone_lse[0] == lse[i]
