@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from countersign.kernels.dispatch import Backend, choose
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Node:
@@ -84,13 +86,17 @@ def combine(a_out: Tensor, a_lse: Tensor, b_out: Tensor, b_lse: Tensor) -> tuple
     return _divide(out, total), largest + torch.log(total)
 
 
-def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def merge(outs: Tensor, lses: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
     """The partial of N at once, summed in their order: outs (N, ..., D), lses (N, ...) to (..., D), (...).
 
     Raises:
         ValueError: the shapes do not belong together, or N is 0.
     """
     _check(outs, lses)
+    if outs.dtype == torch.float32 and choose(backend, outs, lses) == "triton":
+        from countersign.kernels.triton import merge as triton_merge
+
+        return triton_merge.merge(outs, lses)
     outs, lses = _wide(outs), _wide(lses)
     largest = _finite(lses.amax(dim=0))
     weights = torch.exp(lses - largest)
@@ -101,13 +107,17 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return _divide(out, total), largest + torch.log(total)
 
 
-def tree(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def tree(outs: Tensor, lses: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
     """The root over leaves 0 .. N - 1: outs (N, ..., D), lses (N, ...) to (..., D), (...).
 
     Raises:
         ValueError: the shapes do not belong together, or N is 0.
     """
     _check(outs, lses)
+    if outs.dtype == torch.float32 and choose(backend, outs, lses) == "triton":
+        from countersign.kernels.triton import merge as triton_merge
+
+        return triton_merge.tree(outs, lses)
     outs, lses = _wide(outs), _wide(lses)
     while len(outs) > 1:
         even = len(outs) // 2 * 2

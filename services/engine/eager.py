@@ -6,7 +6,7 @@
 
 With ``numerics: invariant`` the logits of a token are the same bits whether its sequence runs alone or in a batch, in
 whatever pieces its prefix was computed, whether its prefix's KV was imported, and whether it came in a chain or a tree:
-every operation treats a row on its own (:mod:`linear`, :mod:`step`, :mod:`countersign.kernels.attention`,
+every operation treats a row on its own (:mod:`linear`, :mod:`step`, :mod:`countersign.kernels.padded_attention`,
 :mod:`countersign.kernels.experts`, :mod:`countersign.kernels.swiglu`).
 """
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from countersign.kernels import attention
+from countersign.kernels import padded_attention
 from countersign.kernels.experts import mix, route
 from countersign.kernels.rotary import rotate
 from countersign.kernels.swiglu import swiglu
@@ -40,7 +40,7 @@ class Paths:
     """
 
     linear: Mapping[tuple[int, int], LinearMode]
-    attention: attention.Path | None
+    attention: padded_attention.Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class EagerExecutor:
         self._angles = self._angles_of(0)
         path = None
         if numerics == "invariant":
-            path = attention.select_path(config.heads, config.kv_heads, config.head_dim, self._dtype, device)
+            path = padded_attention.select_path(config.heads, config.kv_heads, config.head_dim, self._dtype, device)
         self._padding = replace(EXACT, fold=config.heads // config.kv_heads) if path is None else FIXED
         self.paths = Paths(self._packer.modes, path)
 
@@ -183,9 +183,9 @@ class EagerExecutor:
             k, v = k[:, :, : group.keys], v[:, :, : group.keys]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
         elif self.paths.attention is None:
-            out = attention.attend_fast(q, k, v, group.mask, scale=scale)
+            out = padded_attention.attend_fast(q, k, v, group.mask, scale=scale)
         else:
-            out, _ = attention.attend(q, k, v, group.mask, scale=scale, path=self.paths.attention)
+            out, _ = padded_attention.attend(q, k, v, group.mask, scale=scale, path=self.paths.attention)
         out = out.view(group.batch, -1, queries, fold, self._config.head_dim)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from countersign.kernels.attention import Mask, Path
+from countersign.kernels.padded_attention import Mask, Path
 from countersign.services.engine.config import Dtype, ModelConfig, Numerics
 from countersign.services.engine.eager import EagerExecutor
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache

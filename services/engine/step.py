@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from countersign.kernels.attention import MAX_QUERIES, Mask, padded_keys, padded_queries
+from countersign.kernels.padded_attention import MAX_QUERIES, Mask, padded_keys, padded_queries
 from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.errors import ContextExceeded, InvalidSpan
 from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache, pages_for

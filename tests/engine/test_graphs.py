@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from countersign.kernels import attention
+from countersign.kernels import padded_attention
 from countersign.services.engine import graphs
 from countersign.services.engine.checkpoint import read_tensors
 from countersign.services.engine.config import Numerics
@@ -252,7 +252,7 @@ def test_models_with_experts_and_attention_row_by_row_run_without_a_graph(
     routed_checkpoint: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     routed = graphed(routed_checkpoint, "fast")
-    monkeypatch.setattr(attention, "is_row_invariant", lambda *_: False)
+    monkeypatch.setattr(padded_attention, "is_row_invariant", lambda *_: False)
     slow = graphed(checkpoint, "invariant")
     for model in (routed, slow):
         side = Side(model, (20,))

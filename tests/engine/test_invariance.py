@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from countersign.kernels import attention
+from countersign.kernels import padded_attention
 from countersign.services.engine import linear
 from countersign.services.engine.eager import EagerExecutor
 from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
@@ -132,10 +132,10 @@ def test_the_fallback_paths_are_taken_when_the_fast_ones_fail_their_tests_and_ar
     fast = load_model(checkpoint, backend="eager")
     expected = fast.forward(cache := PagedCache(fast.config, "fp32", 100), [Span(cache.sequence(), tokens(2), 90)])
     monkeypatch.setattr(linear, "is_row_invariant", lambda *_: False)
-    monkeypatch.setattr(attention, "is_row_invariant", lambda *_: False)
+    monkeypatch.setattr(padded_attention, "is_row_invariant", lambda *_: False)
     model = load_model(checkpoint, backend="eager")
     assert set(eager(model).paths.linear.values()) == {LinearMode.TILED}
-    assert eager(model).paths.attention is attention.Path.ROW_BY_ROW
+    assert eager(model).paths.attention is padded_attention.Path.ROW_BY_ROW
     cache = PagedCache(model.config, "fp32", 1000)
     first, second = cache.sequence(), cache.sequence()
     whole = model.forward(cache, [Span(first, tokens(2), 90)])
@@ -152,7 +152,7 @@ def test_the_fallback_paths_are_taken_when_the_fast_ones_fail_their_tests_and_ar
 def test_the_fast_paths_are_the_ones_in_use(checkpoint: Path) -> None:
     model = load_model(checkpoint, backend="eager")
     assert set(eager(model).paths.linear.values()) == {LinearMode.PREPACKED}
-    assert eager(model).paths.attention is attention.Path.FLASH_CPU
+    assert eager(model).paths.attention is padded_attention.Path.FLASH_CPU
 
 
 @dataclass(frozen=True)

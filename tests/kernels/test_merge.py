@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -185,3 +186,51 @@ def test_the_bits_of_an_element_do_not_depend_on_where_it_stands(function: Calla
             assert torch.equal(function(x[part]), whole[part])
             assert torch.equal(function(x[part].clone()), whole[part])
     assert torch.equal(function(x[::7]), whole[::7])
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, and no interpreter"
+)
+class TestTriton:
+    @pytest.mark.parametrize("shape", [(1, 3, 2, 16), (2, 1, 1, 24), (7, 5, 3, 32), (37, 3, 4, 80), (64, 2, 4, 128)])
+    def test_both_forms_follow_the_reference_and_the_tree_has_one_set_of_bits(self, shape: tuple[int, ...]) -> None:
+        from countersign.kernels.triton import merge as triton_merge
+
+        generator = torch.Generator().manual_seed(len(shape) + shape[0])
+        outs, lses = torch.randn(shape, generator=generator), 3 * torch.randn(shape[:-1], generator=generator)
+        empty = torch.rand(shape[:-1], generator=generator) < 0.3
+        empty[:, 0, 0] = True
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        outs, lses = outs.masked_fill(empty[..., None], 0).to(device), lses.masked_fill(empty, -torch.inf).to(device)
+        root = triton_merge.tree(outs, lses, 1)
+        pairs = ((triton_merge.merge(outs, lses), merge(outs, lses)), (root, tree(outs, lses)))
+        for found, wanted in pairs:
+            for a, b in zip(found, wanted, strict=True):
+                assert torch.allclose(a, b, rtol=0, atol=2e-6)
+        assert (root[0][0, 0] == 0).all()
+        assert root[1][0, 0] == -torch.inf
+        for levels in (2, 3):
+            for a, b in zip(triton_merge.tree(outs, lses, levels), root, strict=True):
+                assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("form", ["merge", "tree"])
+    def test_an_empty_partial_changes_no_bit(self, form: str) -> None:
+        from countersign.kernels.triton import merge as triton_merge
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        out, lse = torch.randn(3, 2, 32, device=device), 20 * torch.randn(3, 2, device=device)
+        for place in range(5):
+            outs, lses = out.new_zeros(5, *out.shape), lse.new_full((5, *lse.shape), -torch.inf)
+            outs[place], lses[place] = out, lse
+            found = getattr(triton_merge, form)(outs, lses)
+            assert torch.equal(found[0], out)
+            assert torch.equal(found[1], lse)
+
+    def test_partials_that_would_be_copied_or_rounded_are_refused(self) -> None:
+        from countersign.kernels.triton import merge as triton_merge
+
+        outs, lses = torch.randn(4, 2, 16), torch.randn(4, 2)
+        with pytest.raises(ValueError, match="outs is"):
+            triton_merge.merge(outs.transpose(0, 1), lses)
+        with pytest.raises(ValueError, match="lses is"):
+            triton_merge.tree(outs, lses.double())
