@@ -124,9 +124,7 @@ class Library:
         self.program_new = _call(calls.program_new, c_void_p, POINTER(ShapeStruct), POINTER(OpStruct), c_void_p)
         self.program_free = _call(calls.program_free, None, c_void_p)
         self.program_run = _call(calls.program_run, c_int32, c_void_p, POINTER(StepStruct))
-        self.program_run_ops = _call(
-            calls.program_run_ops, c_int32, c_void_p, POINTER(StepStruct), c_int32, c_int32
-        )
+        self.program_run_ops = _call(calls.program_run_ops, c_int32, c_void_p, POINTER(StepStruct), c_int32, c_int32)
         self.attend_nodes = _call(
             calls.attend_nodes, None,
             c_void_p, POINTER(StepStruct), c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p,

@@ -19,7 +19,8 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -54,8 +55,9 @@ class PageAllocator:
     the order of least recent use evicts children first by itself, and no indexed page outlives its parent.
     """
 
-    def __init__(self, pages: int) -> None:
-        self._free = list(range(pages - 1, 0, -1))
+    def __init__(self, pages: int, homes: int = 1) -> None:
+        """``homes``: page p has home (p - 1) % homes, and is taken first for what belongs there."""
+        self._free = [list(range(1 + home, pages, homes))[::-1] for home in range(homes)]
         self._references = [0] * pages
         self._index: dict[bytes, int] = {}
         # Of each indexed page: its key, and the page before it in the chain, 0 for the first.
@@ -67,21 +69,24 @@ class PageAllocator:
     @property
     def available(self) -> int:
         """Pages that can be taken."""
-        return len(self._free) + len(self._cached)
+        return sum(map(len, self._free)) + len(self._cached)
 
     def stats(self) -> CacheStats:
         """Pages and counts as of now."""
         used = len(self._references) - 1 - self.available
-        return CacheStats(len(self._free), used, len(self._cached), self._hits, self._misses, self._evictions)
+        free, cached = self.available - len(self._cached), len(self._cached)
+        return CacheStats(free, used, cached, self._hits, self._misses, self._evictions)
 
     def shared(self, page: int, leaving: int = 0) -> bool:
         """Whether the page must not be written: it is indexed, or has two holders, ``leaving`` ones not counted."""
         return self._references[page] - leaving > 1 or page in self._indexed
 
-    def take(self) -> int:
-        """A page for one sequence, the least recently used cached one if none is free; one must be available."""
-        if self._free:
-            page = self._free.pop()
+    def take(self, home: int = 0) -> int:
+        """A page for one sequence: a free one, of this home if there is one, else the least recently used cached one;
+        one must be available.
+        """
+        if free := self._free[home] or max(self._free, key=len):
+            page = free.pop()
         else:
             page, _ = self._cached.popitem(last=False)
             key, _ = self._indexed.pop(page)
@@ -106,7 +111,7 @@ class PageAllocator:
             if page in self._indexed:
                 self._cached[page] = None
             else:
-                self._free.append(page)
+                self._free[(page - 1) % len(self._free)].append(page)
 
     def find(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of the longest indexed chain under the first of these keys."""
@@ -147,10 +152,13 @@ class PageAllocator:
         held: Counter[int] = Counter()
         for pages in tables:
             held.update(pages)
-            chain = [self._indexed[page][1] for page in pages if page in self._indexed]
-            if any(page not in self._indexed for page in pages[: len(chain)]) or chain != [0, *pages][: len(chain)]:
+            parents = [self._indexed[page][1] for page in pages if page in self._indexed]
+            if (
+                any(page not in self._indexed for page in pages[: len(parents)])
+                or parents != [0, *pages][: len(parents)]
+            ):
                 raise EngineError("a sequence holds an indexed page without those before it")
-        if sorted([*held, *self._free, *self._cached]) != list(range(1, len(self._references))):
+        if sorted([*held, *chain.from_iterable(self._free), *self._cached]) != list(range(1, len(self._references))):
             raise EngineError("a page of the KV cache is lost, or both free and held")
         if any(held[page] != count for page, count in enumerate(self._references)):
             raise EngineError("a page of the KV cache has more or fewer references than holders")
@@ -166,37 +174,121 @@ class PageAllocator:
                 raise EngineError(f"page {parent} would be evicted before its child {page}")
 
 
+class Pages(Protocol):
+    """What the pages hold. ``index`` is a page's place in its sequence, which says where it is kept."""
+
+    homes: int
+
+    def home(self, index: int) -> int:
+        """Where the page at this place belongs."""
+
+    def copy(self, index: int, source: int, target: int) -> None:
+        """The same numbers in both."""
+
+    def zero(self, index: int, page: int, place: int = 0) -> None:
+        """The slots from ``place`` on."""
+
+    def move(self, moves: Sequence[tuple[int, int, int, int]]) -> None:
+        """One token each: (page, slot) to (page, slot)."""
+
+    def export(self, index: int, page: int) -> bytes:
+        """All of it."""
+
+    def fill(self, index: int, page: int, data: bytes) -> None:
+        """The same, the other way."""
+
+    def is_clean(self) -> bool:
+        """Whether page 0 is still zero."""
+
+
+class LocalPages:
+    """The pool, one tensor on a device."""
+
+    homes = 1
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, pages: int, device: str) -> None:
+        shape = (pages, config.layers, 2, config.kv_heads, PAGE_TOKENS * config.head_dim)
+        if device == "cpu":
+            # NumPy's zeros are mapped by the system on first touch, so that an idle cache costs no memory.
+            zeros = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+            self.pool: Tensor = torch.from_numpy(zeros).view(dtype).view(shape)
+        else:
+            self.pool = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = self.pool[:, :, 0].view(*shape[:2], config.kv_heads, config.head_dim, PAGE_TOKENS)
+        self.values = self.pool[:, :, 1].view(*shape[:2], config.kv_heads, PAGE_TOKENS, config.head_dim)
+
+    def home(self, index: int) -> int:  # noqa: ARG002  there is one place only
+        return 0
+
+    def copy(self, index: int, source: int, target: int) -> None:  # noqa: ARG002  as above
+        self.pool[target] = self.pool[source]
+
+    def zero(self, index: int, page: int, place: int = 0) -> None:  # noqa: ARG002  as above
+        if place:
+            self.keys[page, ..., place:].zero_()
+            self.values[page, ..., place:, :].zero_()
+        else:
+            # A memset each; one index_fill_ for all pages takes more than twice as long.
+            self.pool[page].zero_()
+
+    def move(self, moves: Sequence[tuple[int, int, int, int]]) -> None:
+        for source, source_place, page, place in moves:
+            self.keys[page, ..., place].copy_(self.keys[source, ..., source_place])
+            self.values[page, ..., place, :].copy_(self.values[source, ..., source_place, :])
+
+    def export(self, index: int, page: int) -> bytes:  # noqa: ARG002  as above
+        return self.pool[page].view(torch.uint8).cpu().numpy().tobytes()
+
+    def fill(self, index: int, page: int, data: bytes) -> None:  # noqa: ARG002  as above
+        target = self.pool[page]
+        target.copy_(torch.frombuffer(bytearray(data), dtype=self.pool.dtype).view(target.shape))
+
+    def is_clean(self) -> bool:
+        return not bool(self.pool[0].any())
+
+
 class PagedCache:
-    """KV for at least ``tokens`` tokens of a model of this configuration.
+    """KV for at least ``tokens`` tokens of a model of this configuration, in ``pages`` or a pool of its own.
 
     ``tables``: int32 (rows, columns); row ``sequence.row`` holds ``sequence.pages``, then zeros. A larger array takes
     its place when it is too small.
     """
 
-    def __init__(self, config: ModelConfig, dtype: Dtype, tokens: int, device: str = "cpu") -> None:
-        pages = 1 + pages_for(tokens)
-        shape = (pages, config.layers, 2, config.kv_heads, PAGE_TOKENS * config.head_dim)
+    def __init__(
+        self, config: ModelConfig, dtype: Dtype, tokens: int, device: str = "cpu", pages: Pages | None = None
+    ) -> None:
+        count = 1 + pages_for(tokens)
         self.dtype = TORCH_DTYPES[dtype]
-        if device == "cpu":
-            # NumPy's zeros are mapped by the system on first touch, so that an idle cache costs no memory.
-            zeros = np.zeros(math.prod(shape) * self.dtype.itemsize, dtype=np.uint8)
-            self.pool: Tensor = torch.from_numpy(zeros).view(self.dtype).view(shape)
-        else:
-            self.pool = torch.zeros(shape, dtype=self.dtype, device=device)
-        self._keys = self.pool[:, :, 0].view(*shape[:2], config.kv_heads, config.head_dim, PAGE_TOKENS)
-        self._values = self.pool[:, :, 1].view(*shape[:2], config.kv_heads, PAGE_TOKENS, config.head_dim)
+        self._pages = pages or LocalPages(config, self.dtype, count, device)
+        self._block = config.layers * 2 * config.kv_heads * PAGE_TOKENS * config.head_dim * self.dtype.itemsize
+        self._count = count
+        self.forget()
+
+    def forget(self) -> None:
+        """All sequences are closed and nothing is indexed: what the pages held is lost."""
         self.tables = np.zeros((16, 64), dtype=np.int32)
         self._free_rows = list(reversed(range(len(self.tables))))
         self._sequences: set[CachedSequence] = set()
-        self._allocator = PageAllocator(pages)
+        self._allocator = PageAllocator(self._count, self._pages.homes)
+
+    @property
+    def pool(self) -> Tensor:
+        """(pages, layers, 2, kv_heads, 16 * head_dim), of a cache that has it here."""
+        return self._local.pool
+
+    @property
+    def _local(self) -> LocalPages:
+        if not isinstance(self._pages, LocalPages):
+            raise EngineError("this cache's pages are kept by ranks; only they can read them")
+        return self._pages
 
     def keys(self, layer: int) -> Tensor:
         """(pages, kv_heads, head_dim, 16), a view of the pool."""
-        return self._keys[:, layer]
+        return self._local.keys[:, layer]
 
     def values(self, layer: int) -> Tensor:
         """(pages, kv_heads, 16, head_dim), a view of the pool."""
-        return self._values[:, layer]
+        return self._local.values[:, layer]
 
     @property
     def free_tokens(self) -> int:
@@ -206,7 +298,7 @@ class PagedCache:
     @property
     def block_bytes(self) -> int:
         """Size of one exported block."""
-        return math.prod(self.pool.shape[1:]) * self.dtype.itemsize
+        return self._block
 
     def stats(self) -> CacheStats:
         """Pages and counts as of now."""
@@ -247,9 +339,8 @@ class PagedCache:
         needed = self._needed(rest)
         if needed > self._allocator.available:
             raise OutOfPages(needed, self._allocator.available)
-        taken = [self._allocator.take() for _ in range(needed)]
         for sequence, length in rest:
-            self._prepare(sequence, length, taken)
+            self._prepare(sequence, length)
 
     def _needed(self, lengths: Sequence[tuple[CachedSequence, int]]) -> int:
         """Pages to take, copies included."""
@@ -265,24 +356,24 @@ class PagedCache:
                     needed += 1
         return needed
 
-    def _prepare(self, sequence: CachedSequence, length: int, taken: list[int]) -> None:
-        """Copies, zeroes and appends as ``reserve`` promises, with pages from ``taken``."""
+    def _prepare(self, sequence: CachedSequence, length: int) -> None:
+        """Copies, zeroes and appends as ``reserve`` promises."""
+        pages = self._pages
         for page in sequence.tail:
             if self._allocator.shared(page):
-                copy = taken.pop()
-                self.pool[copy] = self.pool[page]
-                self._assign(sequence, sequence.length // PAGE_TOKENS, [copy])
+                index = sequence.length // PAGE_TOKENS
+                copy = self._allocator.take(pages.home(index))
+                pages.copy(index, page, copy)
+                self._assign(sequence, index, [copy])
                 self._allocator.release([page])
         if length < sequence.written:
             first = length // PAGE_TOKENS
-            for index, page in enumerate(sequence.pages[first : pages_for(sequence.written)]):
-                place = 0 if index else length % PAGE_TOKENS
-                self._keys[page, ..., place:].zero_()
-                self._values[page, ..., place:, :].zero_()
-        more = [taken.pop() for _ in range(pages_for(length) - len(sequence.pages))]
-        # A memset each; one index_fill_ for all takes more than twice as long.
-        for page in more:
-            self.pool[page].zero_()
+            for index, page in enumerate(sequence.pages[first : pages_for(sequence.written)], start=first):
+                pages.zero(index, page, length % PAGE_TOKENS if index == first else 0)
+        new = range(len(sequence.pages), pages_for(length))
+        more = [self._allocator.take(pages.home(index)) for index in new]
+        for index, page in zip(new, more, strict=True):
+            pages.zero(index, page)
         self._assign(sequence, len(sequence.pages), more)
         sequence.written, sequence.capacity = length, len(sequence.pages) * PAGE_TOKENS
 
@@ -356,9 +447,7 @@ class PagedCache:
         if any(self._allocator.shared(page) for _, _, page, _ in moves):
             raise InvalidSpan("a page that is shared or indexed cannot be compacted")
         # Paths increase, so that no target is a later source.
-        for source, source_place, page, place in moves:
-            self._keys[page, ..., place].copy_(self._keys[source, ..., source_place])
-            self._values[page, ..., place, :].copy_(self._values[source, ..., source_place, :])
+        self._pages.move(moves)
         for sequence, (base, path) in kept.items():
             sequence.truncate(base + len(path))
 
@@ -396,6 +485,14 @@ class PagedCache:
             self._sequences.discard(sequence)
             self._free_rows.append(sequence.row)
 
+    def export(self, index: int, page: int) -> bytes:
+        """See :meth:`CachedSequence.export_block`."""
+        return self._pages.export(index, page)
+
+    def fill(self, index: int, page: int, data: bytes) -> None:
+        """See :meth:`CachedSequence.import_block`."""
+        self._pages.fill(index, page, data)
+
     def check_integrity(self) -> None:
         """Reads tables and index, and of the pool page 0: for idle moments.
 
@@ -416,7 +513,7 @@ class PagedCache:
         rows = [sequence.row for sequence in self._sequences] + self._free_rows
         if sorted(rows) != list(range(len(self.tables))) or self.tables[self._free_rows].any():
             raise EngineError("a row of the KV cache's tables is lost, has two owners, or is free and not empty")
-        if bool(self.pool[0].any()):
+        if not self._pages.is_clean():
             raise EngineError("the KV cache's page of zeros was written")
 
     def _assign(self, sequence: CachedSequence, start: int, pages: Sequence[int]) -> None:
@@ -490,7 +587,7 @@ class CachedSequence:
         """
         if not 0 <= index < self.length // PAGE_TOKENS:
             raise InvalidBlock(f"block {index} of a sequence of {self.length} tokens is not full")
-        return self._cache.pool[self.pages[index]].view(torch.uint8).cpu().numpy().tobytes()
+        return self._cache.export(index, self.pages[index])
 
     def import_block(self, data: bytes) -> None:
         """Appends the 16 tokens of an exported block.
@@ -507,8 +604,8 @@ class CachedSequence:
         if self.length % PAGE_TOKENS:
             raise InvalidBlock(f"a block cannot follow {self.length} tokens, which do not end with a full block")
         self._cache.reserve({self: self.length + PAGE_TOKENS})
-        target = self._cache.pool[self.pages[self.length // PAGE_TOKENS]]
-        target.copy_(torch.frombuffer(bytearray(data), dtype=self._cache.dtype).view(target.shape))
+        index = self.length // PAGE_TOKENS
+        self._cache.fill(index, self.pages[index], data)
         self.length += PAGE_TOKENS
 
 

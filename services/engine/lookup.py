@@ -23,5 +23,5 @@ class Lookup:
         for start in range(self._indexed, len(token_ids) - self._size):
             self._after[tuple(token_ids[start : start + self._size])] = start + self._size
             self._indexed = start + 1
-        start = self._after.get(tuple(token_ids[-self._size :]))
-        return () if start is None else tuple(token_ids[start : start + count])
+        found = self._after.get(tuple(token_ids[-self._size :]))
+        return () if found is None else tuple(token_ids[found : found + count])

@@ -12,9 +12,11 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from countersign.kernels.native import library as native
@@ -30,7 +32,7 @@ from countersign.services.engine.weights import DecoderWeights, DenseMlp, LayerW
 _KINDS: dict[Dtype, WeightKind] = {"fp32": WeightKind.FP32, "bf16": WeightKind.BF16, "int8": WeightKind.INT8}
 # Hidden states, normed rows, qkv, attention's output, the MLP's inner rows, router logits, each choice's inner row and
 # output, wanted rows, logits.
-_HIDDEN, _NORMED, _QKV, _ATTENDED, _INNER, _ROUTED, _CHOSEN, _MIXED, _WANTED, _LOGITS = range(10)
+HIDDEN, _NORMED, QKV, ATTENDED, _INNER, _ROUTED, _CHOSEN, _MIXED, _WANTED, _LOGITS = range(10)
 
 
 def refusal_of(config: ModelConfig) -> str:
@@ -80,8 +82,44 @@ class _Program:
         return packed.struct()
 
 
+class Pool(Protocol):
+    """Where K and V stand, of a :class:`PagedCache` or a rank's part of one."""
+
+    @property
+    def pool(self) -> Tensor: ...
+
+    @property
+    def tables(self) -> NDArray[np.int32]: ...
+
+
+class Place(Protocol):
+    """A sequence's row of the tables, and its length."""
+
+    @property
+    def row(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+
+class Rows(Protocol):
+    """What a step must know of a :class:`Span`."""
+
+    @property
+    def sequence(self) -> Place: ...
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def logits(self) -> int: ...
+
+    @property
+    def parents(self) -> Sequence[int] | None: ...
+
+
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class Prepared:
     """A step as C sees it, where its logits will stand, and the arrays that it points to."""
 
     struct: native.StepStruct
@@ -105,7 +143,7 @@ class NativeExecutor:
         library = library or native.load()
         if library is None:
             raise EngineError(refusal_of(config))
-        self._config, self._library, self._kind = config, library, _KINDS[dtype]
+        self.config, self.library, self._kind = config, library, _KINDS[dtype]
         self._rotary = RotaryTable(config.rope, config.head_dim)
         self.team = native.Team(library, threads)
         self._program = _Program()
@@ -137,7 +175,7 @@ class NativeExecutor:
         """
         bad = ctypes.c_int32(-1)
         self._step(cache, [span], ctypes.addressof(bad))
-        return bad.value if 0 <= bad.value < self._config.layers else self._config.layers
+        return bad.value if 0 <= bad.value < self.config.layers else self.config.layers
 
     def draft(
         self, cache: PagedCache, spans: Sequence[Span], asks: Sequence[Draws], counts: Sequence[int], margin: float
@@ -150,9 +188,9 @@ class NativeExecutor:
         rules, ends = records(asks), np.array(counts, dtype=np.int32)
         tokens = np.zeros((len(spans), max(counts)), dtype=np.int32)
         produced = np.zeros(len(spans), dtype=np.int32)
-        prepared = self._prepare(cache, spans, max(counts))
-        failed = self._library.draft(
-            self._bound(cache),
+        prepared = self.prepare(cache, spans, max(counts))
+        failed = self.library.draft(
+            self.bound(cache),
             ctypes.byref(prepared.struct),
             rules,
             ends.ctypes.data,
@@ -166,13 +204,22 @@ class NativeExecutor:
         return [row[:count] for row, count in zip(tokens.tolist(), produced.tolist(), strict=True)]
 
     def _step(self, cache: PagedCache, spans: Sequence[Span], bad_layer: int | None) -> Tensor:
-        prepared = self._prepare(cache, spans, 0)
+        prepared = self.prepare(cache, spans, 0)
         prepared.struct.bad_layer = bad_layer
-        if self._library.program_run(self._bound(cache), ctypes.byref(prepared.struct)):
+        if self.library.program_run(self.bound(cache), ctypes.byref(prepared.struct)):
             raise MemoryError(f"no memory for a step of {prepared.struct.rows} rows")
         return prepared.logits
 
-    def _prepare(self, cache: PagedCache, spans: Sequence[Span], beyond: int) -> _Prepared:
+    @property
+    def ops(self) -> Sequence[OpStruct]:
+        """The operations of a step, layer by layer."""
+        return self._program.ops
+
+    def buffer(self, index: int) -> Tensor:
+        """One of the step's buffers, flat."""
+        return self._buffers[index]
+
+    def prepare(self, cache: Pool, spans: Sequence[Rows], beyond: int = 0) -> Prepared:
         """A step of these spans, which may go on for ``beyond`` tokens.
 
         All numbers stand in one array: what is asked of NumPy per step is most of what a step costs outside the model.
@@ -193,9 +240,9 @@ class NativeExecutor:
         address, offsets = numbers.ctypes.data, itertools.accumulate(map(len, parts), initial=0)
         token_ids, first_at, base_at, table, wanted_at, parents, is_tree, _ = (address + 4 * at for at in offsets)
         chains = not parts[-1]
-        cos, sin = self._rotary.table(max(base) + max(counts) + beyond)
+        cos, sin = self._rotary.table(max(base, default=0) + max(counts, default=0) + beyond)
         self._fit(rows)
-        logits = torch.empty(len(wanted), self._config.vocabulary_size)
+        logits = torch.empty(len(wanted), self.config.vocabulary_size)
         self._structs[_LOGITS] = BufferStruct(logits.data_ptr(), logits.shape[1])
         struct = native.StepStruct(
             rows,
@@ -216,15 +263,15 @@ class NativeExecutor:
             self._structs,
             None,
         )
-        return _Prepared(struct, logits, (numbers, cos, sin))
+        return Prepared(struct, logits, (numbers, cos, sin))
 
-    def _bound(self, cache: PagedCache) -> int:
+    def bound(self, cache: Pool) -> int:
         """The program for this cache's layout."""
         layout = (cache.pool.dtype, cache.pool.stride())
         if self._handle is None or self._layout != layout:
             if self._free is not None:
                 self._free()
-            config = self._config
+            config = self.config
             page, layer, half, head, _ = cache.pool.stride()
             shape = native.ShapeStruct(
                 config.heads,
@@ -243,8 +290,8 @@ class NativeExecutor:
                 half,
                 head,
             )
-            self._handle = int(self._library.program_new(ctypes.byref(shape), self._ops, self.team.handle))
-            self._free = weakref.finalize(self, self._library.program_free, self._handle)
+            self._handle = int(self.library.program_new(ctypes.byref(shape), self._ops, self.team.handle))
+            self._free = weakref.finalize(self, self.library.program_free, self._handle)
             self._layout = layout
         return self._handle
 
@@ -252,7 +299,7 @@ class NativeExecutor:
         """Buffers for so many rows."""
         if rows <= self._rows:
             return
-        config = self._config
+        config = self.config
         self._rows = max(rows + rows // 2, 16)
         experts = config.experts
         # Rows of the choices stand one after another, `per_token` a token.
@@ -274,7 +321,7 @@ class NativeExecutor:
 
     def _write(self, weights: DecoderWeights) -> None:
         """The operations of a forward pass."""
-        program, config = self._program, self._config
+        program, config = self._program, self.config
         hidden = config.hidden_size
         embedding = weights.embedding
         if self._kind is not WeightKind.FP32 and embedding.dtype is torch.bfloat16:
@@ -283,50 +330,50 @@ class NativeExecutor:
             table, kind = embedding.float().contiguous(), WeightKind.FP32
         program.kept.append(table)
         rows = native.LinearStruct(packed=table.data_ptr(), kind=kind, outputs=config.vocabulary_size, inputs=hidden)
-        program.add(OpKind.EMBED, 0, _HIDDEN, _HIDDEN, linear=rows, size=hidden)
+        program.add(OpKind.EMBED, 0, HIDDEN, HIDDEN, linear=rows, size=hidden)
         for index, layer in enumerate(weights.layers):
             self._write_layer(index, layer)
         last, take = config.layers, {"wanted_rows": 1}
-        program.add(OpKind.TAKE, last, _HIDDEN, _WANTED, weight=program.vector(weights.norm), size=hidden, **take)
+        program.add(OpKind.TAKE, last, HIDDEN, _WANTED, weight=program.vector(weights.norm), size=hidden, **take)
         program.add(OpKind.LINEAR, last, _WANTED, _LOGITS, linear=self._packed(weights.head), **take)
 
     def _write_layer(self, index: int, layer: LayerWeights) -> None:
-        program, hidden = self._program, self._config.hidden_size
+        program, hidden = self._program, self.config.hidden_size
         norm, mlp_norm = program.vector(layer.attention_norm), program.vector(layer.mlp_norm)
         q_norm, k_norm = program.vector(layer.q_norm), program.vector(layer.k_norm)
-        program.add(OpKind.NORM, index, _HIDDEN, _NORMED, weight=norm, size=hidden)
-        program.add(OpKind.LINEAR, index, _NORMED, _QKV, linear=self._packed(layer.qkv, bias=layer.qkv_bias))
-        program.add(OpKind.ROTATE, index, _QKV, _QKV, weight=q_norm, key_weight=k_norm)
-        program.add(OpKind.ATTEND, index, _QKV, _ATTENDED)
+        program.add(OpKind.NORM, index, HIDDEN, _NORMED, weight=norm, size=hidden)
+        program.add(OpKind.LINEAR, index, _NORMED, QKV, linear=self._packed(layer.qkv, bias=layer.qkv_bias))
+        program.add(OpKind.ROTATE, index, QKV, QKV, weight=q_norm, key_weight=k_norm)
+        program.add(OpKind.ATTEND, index, QKV, ATTENDED)
         output = self._packed(layer.output)
-        program.add(OpKind.LINEAR, index, _ATTENDED, _HIDDEN, linear=output, epilogue=Epilogue.ADD)
-        program.add(OpKind.NORM, index, _HIDDEN, _NORMED, weight=mlp_norm, size=hidden)
+        program.add(OpKind.LINEAR, index, ATTENDED, HIDDEN, linear=output, epilogue=Epilogue.ADD)
+        program.add(OpKind.NORM, index, HIDDEN, _NORMED, weight=mlp_norm, size=hidden)
         if isinstance(layer.mlp, DenseMlp):
             gate_up = self._packed(layer.mlp.gate_up, gate_up=True)
             program.add(OpKind.LINEAR, index, _NORMED, _INNER, linear=gate_up, epilogue=Epilogue.SWIGLU)
             down = self._packed(layer.mlp.down)
-            program.add(OpKind.LINEAR, index, _INNER, _HIDDEN, linear=down, epilogue=Epilogue.ADD)
+            program.add(OpKind.LINEAR, index, _INNER, HIDDEN, linear=down, epilogue=Epilogue.ADD)
         else:
             self._write_experts(index, layer.mlp)
 
     def _write_experts(self, index: int, mlp: RoutedExperts) -> None:
         program, count = self._program, len(mlp.router)
-        router = program.keep(native.pack(self._library, mlp.router, WeightKind.FP32))
+        router = program.keep(native.pack(self.library, mlp.router, WeightKind.FP32))
         program.add(OpKind.LINEAR, index, _NORMED, _ROUTED, linear=router)
-        sizes = {"expert_count": count, "per_token": mlp.per_token, "size": self._config.hidden_size}
+        sizes = {"expert_count": count, "per_token": mlp.per_token, "size": self.config.hidden_size}
         program.add(OpKind.ROUTE, index, _ROUTED, _ROUTED, normalised=mlp.normalised, **sizes)
         up = (native.LinearStruct * count)(*(self._packed(weight, gate_up=True) for weight in mlp.gate_up))
         down = (native.LinearStruct * count)(*(self._packed(weight) for weight in mlp.down))
         program.kept += [up, down]
         program.add(OpKind.EXPERTS_UP, index, _NORMED, _CHOSEN, experts=up, epilogue=Epilogue.SWIGLU, **sizes)
         program.add(OpKind.EXPERTS_DOWN, index, _CHOSEN, _MIXED, experts=down, **sizes)
-        program.add(OpKind.COMBINE, index, _MIXED, _HIDDEN, **sizes)
+        program.add(OpKind.COMBINE, index, _MIXED, HIDDEN, **sizes)
 
     def _packed(self, weight: Tensor, *, bias: Tensor | None = None, gate_up: bool = False) -> native.LinearStruct:
-        return self._program.keep(native.pack(self._library, weight, self._kind, bias=bias, gate_up=gate_up))
+        return self._program.keep(native.pack(self.library, weight, self._kind, bias=bias, gate_up=gate_up))
 
 
-def _trees(spans: Sequence[Span], counts: Sequence[int]) -> tuple[list[int], list[int]]:
+def _trees(spans: Sequence[Rows], counts: Sequence[int]) -> tuple[list[int], list[int]]:
     """Parents by row, and which spans are trees; nothing if none is. A chain that was written as a tree is none."""
     if all(span.parents is None for span in spans):
         return [], []

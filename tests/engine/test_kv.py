@@ -327,7 +327,7 @@ def test_integrity_names_what_is_wrong() -> None:
     references[pages[0]] += 1
     wrong("lost", sequence, "pages", pages[:-1])
     wrong("more or fewer references", allocator, "_references", references)
-    wrong("both free and held", allocator, "_free", [*allocator._free, pages[0]])
+    wrong("both free and held", allocator, "_free", [[*allocator._free[0], pages[0]]])
     wrong("index and its pages differ", allocator, "_index", {KEYS[0]: pages[0]})
     wrong("without those before", allocator, "_indexed", {**allocator._indexed, pages[1]: (KEYS[1], other.pages[0])})
     wrong("tables is not", cache, "tables", np.zeros_like(cache.tables))
