@@ -23,6 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from countersign.kernels import padded_attention
 from countersign.kernels.experts import mix, route
+from countersign.kernels.native.library import Team
 from countersign.kernels.rotary import rotate
 from countersign.kernels.swiglu import swiglu
 from countersign.services.engine.config import TORCH_DTYPES, Dtype, ModelConfig, Numerics
@@ -80,6 +81,7 @@ class EagerExecutor:
     """A model's weights on ``device``, converted to ``dtype`` and packed."""
 
     name = "eager"
+    team: Team | None = None
 
     def __init__(
         self, config: ModelConfig, weights: DecoderWeights, dtype: Dtype, numerics: Numerics, device: str = "cpu"
@@ -109,6 +111,9 @@ class EagerExecutor:
         if not step.logits:
             return torch.empty(0, self._config.vocabulary_size, device=self._device)
         return self._logits(hidden.index_select(0, step.logit_rows))[: step.logits]
+
+    def close(self) -> None:
+        """Nothing to end: the weights go with this object."""
 
     @torch.inference_mode()
     def diagnose(self, cache: PagedCache, span: Span) -> int:

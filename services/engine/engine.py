@@ -170,7 +170,11 @@ class Engine:
         return Step(plan, generations, granted)
 
     def run(self, step: Step, skip: Collection[str] = ()) -> Ran:
-        """Computes a pass. Those of ``skip`` that are admitted get no prefill: their KV comes from elsewhere."""
+        """Computes a pass. Those of ``skip`` that are admitted get no prefill: their KV comes from elsewhere.
+
+        Raises:
+            RankLost: nothing was computed; ``requeue``, ``forget``, and go on.
+        """
         self.sweep(step.generations[name] for name in step.plan.preempted)
         live = {name: generation for name, generation in step.generations.items() if not generation.removed}
         adopted = {name: self._adopt(live[name]) for name in step.plan.admitted if name in live}
@@ -218,6 +222,20 @@ class Engine:
                 self._publish(generation)
                 generation.sequence.close()
                 generation.sequence = None
+
+    def close(self) -> None:
+        """Ends what the model has started; nothing runs any more."""
+        self._runner.model.executor.close()
+
+    def requeue(self) -> None:
+        """After :class:`RankLost`: requests keep their tokens, wait, and are computed anew. Then call ``forget``."""
+        self.scheduler.forget()
+
+    def forget(self) -> None:
+        """All KV is lost. Belongs where ``run`` does."""
+        self.cache.forget()
+        for generation in (*self._generations.values(), *self._over):
+            generation.sequence = None
 
     def check(self) -> None:
         """Raises:

@@ -8,6 +8,7 @@ EngineError
 ├── InvalidBlock        bytes that are no KV block of this cache, or a block that is not full
 ├── OutOfPages          the KV cache is full
 ├── RequestTooLarge     more tokens than the whole KV cache ever holds
+├── RankLost            a rank process is gone, silent or out of step: all KV is lost
 └── NonFiniteLogits     the model answered NaN or infinity
 
 The engine knows no network: a service turns these into what it answers.
@@ -63,6 +64,16 @@ class RequestTooLarge(EngineError):
         )
         self.tokens = tokens
         self.fits = fits
+
+
+class RankLost(EngineError):
+    """A rank process ended, did not answer in time, or is out of step with the others. Nothing was computed, and the
+    KV that the ranks kept is lost; ``rank`` is the one that is to blame, where it is known.
+    """
+
+    def __init__(self, why: str, rank: int | None = None) -> None:
+        super().__init__(f"{'a rank' if rank is None else f'rank {rank}'} {why}")
+        self.rank = rank
 
 
 class NonFiniteLogits(EngineError):

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from countersign.kernels.native.library import Team
 from countersign.services.engine.checkpoint import Digests, check_tensors, digests, read_tensors
 from countersign.services.engine.config import Dtype, ModelConfig, Numerics
 from countersign.services.engine.eager import EagerExecutor
@@ -26,10 +27,14 @@ Backend = Literal["auto", "native", "eager"]
 class Executor(Protocol):
     """Runs a model's weights on spans that were checked and whose slots are reserved; changes no sequence's length.
 
-    ``name`` stands for the way it rounds: executors of one name give the same bits.
+    ``name`` stands for the way it rounds: executors of one name give the same bits. ``team``: threads of native code,
+    if that is at hand.
     """
 
     name: str
+
+    @property
+    def team(self) -> Team | None: ...
 
     def run(self, cache: PagedCache, spans: Sequence[Span]) -> Tensor:
         """(sum of ``span.logits``, vocabulary) fp32; writes the tokens' K and V."""
@@ -37,13 +42,16 @@ class Executor(Protocol):
     def diagnose(self, cache: PagedCache, span: Span) -> int:
         """The first layer with an output that is not finite, as many as there are layers if only the logits are not."""
 
+    def close(self) -> None:
+        """End what it has started."""
+
 
 class Model:
     """A checkpoint ready to run. Made by :func:`load_model`. ``team``: the threads of native code, if it computes."""
 
     def __init__(self, config: ModelConfig, named: Digests, dtype: Dtype, executor: Executor) -> None:
         self.config, self.digests, self.dtype, self.executor = config, named, dtype, executor
-        self.team = executor.team if isinstance(executor, NativeExecutor) else None
+        self.team = executor.team
 
     def forward(self, cache: PagedCache, spans: Sequence[Span]) -> Tensor:
         """Computes the spans' tokens, writes their K and V, and advances the sequences.

@@ -169,6 +169,9 @@ class NativeExecutor:
         """
         return self._step(cache, spans, None)
 
+    def close(self) -> None:
+        """Nothing to end: the weights go with this object."""
+
     def diagnose(self, cache: PagedCache, span: Span) -> int:
         """The first layer whose output for one of these tokens is not finite, as many as there are layers if only the
         logits are not.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from countersign.services.engine.errors import EngineError
+from countersign.services.engine.errors import EngineError, RankLost
 from countersign.services.engine.kv import CachedSequence, PagedCache
 from countersign.services.engine.model import Model
 from countersign.services.engine.sampling import Allowed, Draws, Sampling, draw
@@ -53,11 +53,16 @@ class Runner:
         """Computes every work in one pass; each sequence then holds all its known tokens but the last sampled.
 
         Rejected proposals leave no KV. A sequence whose logits are not finite fails alone.
+
+        Raises:
+            RankLost: all KV is lost.
         """
         spans = [_span(work) for work in works]
         bases = [work.sequence.length for work in works]
         try:
             logits = self.model.forward(self.cache, spans)
+        except RankLost:
+            raise
         except EngineError as error:
             return [Outcome(error=str(error))] * len(works)
         asks = [_draws(work, base) for work, base in zip(works, bases, strict=True) if work.samples]

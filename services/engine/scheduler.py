@@ -265,6 +265,15 @@ class Scheduler:
         if not entry.level.members:
             del self._levels[entry.level.priority]
 
+    def forget(self) -> None:
+        """All KV is lost: whoever runs waits again, and is computed anew."""
+        for entry in list(self._running.values()):
+            if entry.held:
+                del self._running[entry.id]
+                entry.running, entry.computed = False, 0
+            else:
+                self._preempt(entry)
+
     def adopted(self, request_id: str, tokens: int) -> None:
         """A request just admitted got the KV of its first ``tokens`` tokens, whole pages, from elsewhere.
 

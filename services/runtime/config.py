@@ -37,6 +37,7 @@ _SERVER = r"(nats|tls|ws|wss)://[^\s,]+"
 # Each description completes "must be ...".
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535, description="a port, 0 to 65535")]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1, description="an integer, 1 or more")]
+RankUnit = Annotated[int, msgspec.Meta(ge=0, le=1 << 24, description="0, or 64 times a power of two")]
 LookupSize = Annotated[int, msgspec.Meta(ge=0, le=16, description="an integer from 0 to 16")]
 DraftTokens = Annotated[int, msgspec.Meta(ge=1, le=64, description="an integer from 1 to 64")]
 Replicas = Annotated[int, msgspec.Meta(ge=1, le=5, description="an integer from 1 to 5")]
@@ -123,6 +124,9 @@ class TargetConfig:
     numerics: Numerics = "invariant"  # fast: torch may round otherwise for another batch
     threads: Count = 1
     cache_tokens: Count = 65_536
+    ranks: Count = 1  # processes that a target spans, each with a part of the KV; 1: none but its own
+    rank_unit: RankUnit = 0  # consecutive tokens whose KV one rank keeps; 0: by the context's length
+    rank_timeout_ms: Milliseconds = 30_000  # of one step; then the ranks are started anew
     processes: Count = 1  # that `countersign up` runs; when one dies, another goes on with its requests
     max_requests: Count = 256  # waiting ones included; more are refused
     max_running: Count = 256  # at once; fewer run when their KV does not fit

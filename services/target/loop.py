@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from countersign.services.engine.engine import Engine, Result
-from countersign.services.engine.errors import EngineError
+from countersign.services.engine.errors import EngineError, RankLost
 from countersign.services.engine.kv import PAGE_TOKENS
 from countersign.services.runtime.background import Background
 from countersign.services.target.committer import Committer
@@ -19,6 +19,9 @@ from countersign.services.target.session import Pass, Session
 from countersign.v1.sampling_pb2 import FinishReason
 
 T = TypeVar("T")
+
+# Times in a row that the ranks may be lost before requests end for it.
+MAX_LOSSES = 3
 
 
 class TargetLoop:
@@ -49,6 +52,7 @@ class TargetLoop:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self._checked = True
+        self._losses = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="target")
         self._background = Background()
 
@@ -86,8 +90,13 @@ class TargetLoop:
         """Work for ever."""
         while True:
             self._wake.clear()
-            await self._reap()
-            if not await self._step():
+            try:
+                await self._reap()
+                busy = await self._step()
+            except RankLost as error:
+                await self._recover(error)
+                continue
+            if not busy:
                 await self._sleep()
 
     async def close(self) -> None:
@@ -96,6 +105,7 @@ class TargetLoop:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await self._background.cancel()
+        await self._in_thread(self._engine.close)
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self._prefixes is not None:
             await self._prefixes.close()
@@ -115,10 +125,24 @@ class TargetLoop:
         for name in loading:
             self._sessions[name].loading = True
             self._background.spawn(self._load_prefix(self._sessions[name]))
+        self._losses = 0
         self._engine.settle(ran, {result.generation.id: self._take(result) for result in ran.results})
         # The committers get their turn, so that the log does not wait for the next pass.
         await asyncio.sleep(0)
         return True
+
+    async def _recover(self, error: RankLost) -> None:
+        """All KV is lost and no token: every request is computed again, by new ranks. Not for ever."""
+        self._losses += 1
+        self._log.error("the ranks are lost, computing anew: %s", error, extra={"requests": len(self._engine)})
+        self._engine.requeue()
+        await self._in_thread(self._engine.forget)
+        if self._losses < MAX_LOSSES:
+            return
+        self._losses = 0
+        for session in self._sessions.values():
+            session.end(FinishReason.FINISH_REASON_ERROR, f"the ranks were lost {MAX_LOSSES} times in a row: {error}")
+            self.ended(session)
 
     def _hold(self) -> None:
         """Leave those out of the next pass that may not take part, and let others in again."""

@@ -12,9 +12,10 @@ from google.protobuf.descriptor import ServiceDescriptor
 from countersign import __version__
 from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.engine import Engine, Generation
-from countersign.services.engine.errors import CheckpointError, EngineError
+from countersign.services.engine.errors import CheckpointError, EngineError, RankLost
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, load_model
+from countersign.services.engine.ranks.load import load_ranked_model
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import Tokenizer
 from countersign.services.protocol.commit import replay
@@ -190,8 +191,7 @@ async def create(context: Context) -> TargetService:
     (BAD_CONFIGURATION), or the key is unreadable (BAD_KEY_FILE).
     """
     config = context.config.target
-    model, tokenizer = _load(config)
-    cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
+    model, cache, tokenizer = _load(config)
     engine = Engine.of(model, cache, config.token_budget, config.prefill_chunk, config.max_running)
     with translated(
         KeyFileError, FailedPrecondition, reason="BAD_KEY_FILE", help="mend the file, or remove it for a new key"
@@ -233,12 +233,28 @@ async def create(context: Context) -> TargetService:
     )
 
 
-def _load(config: TargetConfig) -> tuple[Model, Tokenizer]:
+def _load(config: TargetConfig) -> tuple[Model, PagedCache, Tokenizer]:
     torch.set_num_threads(config.threads)
-    unfit, bad = "change target.dtype or target.model", "set target.model to a Hugging Face folder"
+    unfit, bad = "change target.dtype, target.ranks or target.model", "set target.model to a Hugging Face folder"
     with (
         translated(EngineError, FailedPrecondition, reason="BAD_CONFIGURATION", help=unfit),
         translated(CheckpointError, FailedPrecondition, reason="BAD_CHECKPOINT", help=bad),
+        translated(RankLost, Unavailable, reason="RANK_LOST", help="see the log of the target"),
     ):
-        model = load_model(config.model, dtype=config.dtype, numerics=config.numerics, threads=config.threads)
-        return model, Tokenizer(config.model)
+        model, cache = _computed(config)
+        return model, cache, Tokenizer(config.model)
+
+
+def _computed(config: TargetConfig) -> tuple[Model, PagedCache]:
+    if config.ranks > 1:
+        return load_ranked_model(
+            config.model,
+            ranks=config.ranks,
+            tokens=config.cache_tokens,
+            unit=config.rank_unit,
+            dtype=config.dtype,
+            threads=config.threads,
+            timeout=config.rank_timeout_ms / 1000,
+        )
+    model = load_model(config.model, dtype=config.dtype, numerics=config.numerics, threads=config.threads)
+    return model, PagedCache(model.config, config.dtype, tokens=config.cache_tokens)

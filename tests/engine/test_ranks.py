@@ -19,7 +19,7 @@ from countersign.services.engine.model import Model, Span, load_model
 from countersign.services.engine.native import NativeExecutor
 from countersign.services.engine.ranks.placement import LEAF, Placement
 from countersign.services.engine.ranks.plan import SpanShape
-from countersign.services.engine.ranks.rank import Rank, Result, Step
+from countersign.services.engine.ranks.rank import Rank, Result, Step, join
 
 PAGES = 200
 SHAPES: dict[str, dict[str, Any]] = {
@@ -76,23 +76,6 @@ class Both:
         return logits, [result for result, _ in results]
 
 
-def joined(spans: list[Span], results: list[Result]) -> torch.Tensor:
-    """The ranks' logits in the order of the spans."""
-    by_span: dict[int, list[torch.Tensor]] = {index: [] for index in range(len(spans))}
-    pieces = sorted(
-        ((span, order, rows) for order, result in enumerate(results) for span, rows in _split(result)),
-        key=lambda piece: piece[:2],
-    )
-    for span, _, rows in pieces:
-        by_span[span].append(rows)
-    return torch.cat([row for rows in by_span.values() for row in rows] or [results[0].logits])
-
-
-def _split(result: Result) -> list[tuple[int, torch.Tensor]]:
-    parts = torch.split(result.logits, [count for _, count in result.rows])
-    return [(span, rows) for (span, _), rows in zip(result.rows, parts, strict=True)]
-
-
 def tokens(count: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -112,7 +95,7 @@ def test_prefill_and_decode_over_ranks_have_the_plain_engines_bits(
         [Span(one, tokens(6, 5), 6), Span(other, tokens(1, 6), 1)],  # verification beside a decode
     ):
         logits, results = both.forward(spans)
-        assert torch.equal(joined(spans, results), logits)
+        assert torch.equal(join(results), logits)
 
 
 @settings(max_examples=25)
@@ -135,7 +118,7 @@ def test_any_schedule_over_ranks_has_the_plain_engines_bits(
                 )
         if spans:
             logits, results = both.forward(spans)
-            assert torch.equal(joined(spans, results), logits)
+            assert torch.equal(join(results), logits)
 
 
 def test_a_rank_writes_only_the_pages_that_it_keeps(folders: dict[str, Path]) -> None:

@@ -47,7 +47,7 @@ class Stage:
     async def complete(self) -> None:
         """Wait until two targets live."""
         async with asyncio.timeout(60):
-            while len({t.pid for t in self.registry.live("target") if psutil.pid_exists(t.pid)}) < 2:
+            while len({t.pid for t in self.registry.live("target") if psutil.pid_exists(t.pid)}) < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
 
 
@@ -134,7 +134,7 @@ async def test_many_answers_survive_the_death_of_a_target(stage: Stage) -> None:
     whole = await asyncio.gather(*(told(stage, f"many-{seed}", seed) for seed in range(6)))
     answers = [asyncio.create_task(told(stage, f"many-hurt-{seed}", seed)) for seed in range(6)]
     async with asyncio.timeout(30):
-        while not (await stage.log("many-hurt-0")).token_ids:
+        while not (await stage.log("many-hurt-0")).token_ids:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     os.kill(await stage.owner("many-hurt-0"), signal.SIGKILL)
     assert [one.token_ids for one in await asyncio.gather(*answers)] == [one.token_ids for one in whole]

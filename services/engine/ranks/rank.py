@@ -30,13 +30,26 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The rank's rows of logits: (span, how many) in order, and the rows (n, vocabulary) fp32. ``bad_layer``: the first
-    whose output is not finite here, -1 for none.
+    """The rank's rows of logits: (span, first position, how many) in order, and the rows (n, vocabulary).
+    ``bad_layer``: the first whose output is not finite here, -1 for none.
     """
 
-    rows: Sequence[tuple[int, int]]
-    logits: Tensor
+    rows: Sequence[tuple[int, int, int]]
+    logits: NDArray[np.float32]
     bad_layer: int = -1
+
+
+def join(results: Sequence[Result]) -> Tensor:
+    """(all rows, vocabulary) in the order of the spans and of their positions."""
+    pieces: list[tuple[int, int, NDArray[np.float32]]] = []
+    for result in results:
+        at = 0
+        for span, position, count in result.rows:
+            pieces.append((span, position, result.logits[at : at + count]))
+            at += count
+    pieces.sort(key=lambda piece: piece[:2])
+    rows = [rows for _, _, rows in pieces]
+    return torch.from_numpy(np.concatenate(rows) if rows else results[0].logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +89,8 @@ class Rank:
             attention.run()
             if step.diagnose and bad_layer < 0 and not shard.is_finite():
                 bad_layer = layer
-        wanted = [(one.span, one.wanted) for one in rows if one.wanted]
-        return Result(wanted, shard.logits(), bad_layer)
+        wanted = [(one.span, one.positions.end - one.wanted, one.wanted) for one in rows if one.wanted]
+        return Result(wanted, shard.logits().numpy(), bad_layer)
 
     def _own(self, tables: NDArray[np.int32]) -> NDArray[np.int32]:
         """The pages that are here, 0 in place of the others."""
