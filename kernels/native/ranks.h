@@ -1,5 +1,5 @@
 // One rank's part of a step whose keys are spread over ranks: some operations at a time, the partials of the nodes of the
-// canonical tree that stand here, and the fold of partials from everywhere. services/engine/shard.py puts them together.
+// canonical tree that stand here, and the fold of partials from everywhere. services/engine/ranks/shard.py puts them together.
 #pragma once
 #include "program.h"
 

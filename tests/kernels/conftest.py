@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,3 +28,19 @@ def one_thread() -> Iterator[None]:
 def device() -> str:
     """The GPU where there is one; Triton kernels are interpreted elsewhere."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def dot_by_row() -> Iterator[None]:
+    """The interpreter's dot is NumPy's, whose BLAS rounds a row by its place in the matrix. Tensor cores do not, and
+    neither does einsum.
+    """
+
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
+        return type(d)(np.einsum("mk,kn->mn", a.data, b.data) + d.data, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", dot)
+        yield

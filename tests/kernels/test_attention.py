@@ -8,12 +8,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,19 +28,7 @@ interpreter = pytest.importorskip("triton.runtime.interpreter")
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def dot_by_row() -> Iterator[None]:
-    """The interpreter's dot is NumPy's, whose BLAS rounds a row by its place in the matrix. Tensor cores do not, and
-    neither does einsum.
-    """
-
-    def dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
-        return type(d)(np.einsum("mk,kn->mn", a.data, b.data) + d.data, d.dtype.scalar)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-        yield
-
+pytestmark = pytest.mark.usefixtures("dot_by_row")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS: list[Backend] = ["reference", "triton"]
