@@ -20,7 +20,7 @@ TILE = 16
 def matmul_invariant(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Backend | None = None
 ) -> Tensor:
-    """X (M, K), weight (N, K) and bias (N,) of one type to (M, N) of that type, summed in fp32.
+    """From x (M, K), weight (N, K) and bias (N,) of one type to (M, N) of that type, summed in fp32.
 
     Raises:
         ValueError: a tensor has another shape, type, device or stride; or the backend cannot compute it here.
