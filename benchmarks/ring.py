@@ -1,7 +1,7 @@
 """Attention over ranks: bytes beside formulas, balance, the price of bits that know no ranks, and the cost model.
 
 Ranks are threads of this process with one torch thread each. This says nothing of GPUs: the pictures of those are the
-model's (``ring_cost.py``), whose predictions for this machine stand beside what was measured.
+model's (``kernels/ring/cost.py``), whose predictions for this machine stand beside what was measured.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from countersign.cli.bench import Row, load
-from countersign.kernels.ring import traffic
+from countersign.cli.bench import Row
+from countersign.kernels.ring import cost, traffic
 from countersign.kernels.ring.execute import attend_over_ranks
 from countersign.kernels.ring.layout import Extent, Layout, Piece, lay_out
 from countersign.kernels.ring.local import Reference
@@ -25,10 +24,8 @@ from countersign.kernels.ring.schedule import Schedule, plan
 from countersign.kernels.ring.threads import run_ranks
 from countersign.kernels.ring.transport import Counted, Transport
 
-cost = load("ring_cost")
-
 HEADS, DIM, TOKENS, LEAF = 8, 64, 2048, 64
-WAYS = {"ring": Schedule.PASS_KV, "token-ring": Schedule.TOKEN_RING}
+WAYS: dict[cost.Way, Schedule] = {"ring": Schedule.PASS_KV, "token-ring": Schedule.TOKEN_RING}
 CORES = 2
 
 
@@ -140,7 +137,7 @@ def _bytes(size: int, kv_heads: int) -> list[Row]:
     return rows
 
 
-def _times(size: int, kv_heads: int, machine: Any, rounds: int) -> list[Row]:
+def _times(size: int, kv_heads: int, machine: cost.Machine, rounds: int) -> list[Row]:
     rows = []
     layout = _layout(size)
     for way, schedule in WAYS.items():
@@ -163,7 +160,7 @@ def _pairs(piece: Piece) -> int:
     return len(piece.rows) * sum(len(part) for part in piece.keys)
 
 
-def _calibrated(rounds: int) -> Any:
+def _calibrated(rounds: int) -> cost.Machine:
     """The rate from one rank that attends to everything; the overhead is what two tiny ranks cost."""
     whole, tiny = _layout(1), lay_out([Extent(0, 32)], 2)
     took = min(_attend(whole, Schedule.TOKEN_RING, HEADS)[1] for _ in range(rounds + 2))
