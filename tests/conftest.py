@@ -8,10 +8,15 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # Tests run beside each other and beside whole stacks: one thread a process is faster than two that wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Triton reads it once, when anything first imports it. Without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -80,7 +80,7 @@ async def test_a_stop_token_ends_the_answer_with_itself(stack: Running) -> None:
 
 async def test_a_deadline_ends_the_answer_as_it_is_with_a_receipt(stack: Running) -> None:
     async with Client(stack.router) as client:
-        answer = await client.complete(PROMPT, max_tokens=1900, ignore_eos=True, timeout=1.0)
+        answer = await client.complete(PROMPT, max_tokens=1900, ignore_eos=True, timeout=0.5, drafting="off")
     assert answer.finish is FinishReason.DEADLINE
     assert len(answer.tokens) == answer.usage.output_tokens < 1900
     report = audit(
