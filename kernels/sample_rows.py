@@ -73,7 +73,8 @@ def threshold(row: Tensor, rule: Rule) -> tuple[float, int]:
     (-infinity, V) where all stay.
     """
     size = len(row)
-    if rule.temperature == 0 or (rule.top_p >= 1 and not 0 < rule.top_k < size):
+    all_stay = rule.temperature == 0 or (rule.top_p >= 1 and not 0 < rule.top_k < size)
+    if all_stay or not bool(torch.isfinite(row.max())):  # no token comes of a row that is not finite
         return -float("inf"), size
     ids = gumbel.allowed(row.double().cpu().numpy(), temperature=rule.temperature, top_k=rule.top_k, top_p=rule.top_p)
     kept = row[torch.from_numpy(ids).to(row.device)]

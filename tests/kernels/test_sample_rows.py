@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,6 +30,7 @@ def normal(rows: int, size: int, seed: int = 0) -> Tensor:
 
 
 @settings(max_examples=60)
+@example(row=[-math.inf], rule=Rule(0, 1e-6, top_p=1e-9))
 @given(row=st.lists(LOGITS, min_size=1, max_size=60), rule=RULES)
 def test_ties_and_tokens_ruled_out_give_the_references_token(row: list[float], rule: Rule) -> None:
     logits = torch.tensor([row], device=DEVICE)
