@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -165,9 +165,14 @@ class RankGroup:
 
     def _lost(self, rank: int, answer: object = None) -> RankLost:
         """Ends all; the error names who ended without a word, else who complained."""
-        sentinels: Sequence[int] = [member.process.sentinel for member in self._members]
-        wait(sentinels, LAST_WORDS_S)
-        ended = [(place, member.process.exitcode) for place, member in enumerate(self._members)]
+        deadline = time.monotonic() + LAST_WORDS_S
+        while True:
+            ended = [(place, member.process.exitcode) for place, member in enumerate(self._members)]
+            alive = [self._members[place].process.sentinel for place, code in ended if code is None]
+            left = deadline - time.monotonic()
+            if any(code for _, code in ended) or not alive or left <= 0:
+                break
+            wait(alive, left)
         self.stop()
         for place, code in ended:
             if code:  # neither running nor ended by itself
