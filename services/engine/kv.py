@@ -200,6 +200,9 @@ class Pages(Protocol):
     def is_clean(self) -> bool:
         """Whether page 0 is still zero."""
 
+    def forget(self) -> None:
+        """Nobody needs what any page holds."""
+
 
 class LocalPages:
     """The pool, one tensor on a device."""
@@ -246,6 +249,9 @@ class LocalPages:
     def is_clean(self) -> bool:
         return not bool(self.pool[0].any())
 
+    def forget(self) -> None:
+        """A page is zeroed when it is taken."""
+
 
 class PagedCache:
     """KV for at least ``tokens`` tokens of a model of this configuration, in ``pages`` or a pool of its own.
@@ -266,6 +272,7 @@ class PagedCache:
 
     def forget(self) -> None:
         """All sequences are closed and nothing is indexed: what the pages held is lost."""
+        self._pages.forget()
         self.tables = np.zeros((16, 64), dtype=np.int32)
         self._free_rows = list(reversed(range(len(self.tables))))
         self._sequences: set[CachedSequence] = set()

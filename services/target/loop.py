@@ -92,12 +92,10 @@ class TargetLoop:
             self._wake.clear()
             try:
                 await self._reap()
-                busy = await self._step()
+                if not await self._step():
+                    await self._sleep()
             except RankLost as error:
                 await self._recover(error)
-                continue
-            if not busy:
-                await self._sleep()
 
     async def close(self) -> None:
         """Stop the model's thread and every task."""
@@ -125,7 +123,8 @@ class TargetLoop:
         for name in loading:
             self._sessions[name].loading = True
             self._background.spawn(self._load_prefix(self._sessions[name]))
-        self._losses = 0
+        if ran.computed:
+            self._losses = 0
         self._engine.settle(ran, {result.generation.id: self._take(result) for result in ran.results})
         # The committers get their turn, so that the log does not wait for the next pass.
         await asyncio.sleep(0)
@@ -230,6 +229,8 @@ class TargetLoop:
             self._checked = True
             try:
                 await self._in_thread(self._engine.check)
+            except RankLost:
+                raise
             except EngineError:
                 self._log.exception("the engine's books are wrong")
         deadline = self._engine.scheduler.next_deadline

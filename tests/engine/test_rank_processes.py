@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_a_rank_that_dies_or_hangs_fails_the_step_and_new_ranks_give_the_same_to
     engine, mine = Engine.of(*ranked), generations()
     for generation in mine:
         engine.submit(generation)
-    passes, losses = 0, list[str]()
+    passes, losses = 0, list[RankLost]()
     while len(engine):
         passes += 1
         if passes == 20:
@@ -127,7 +128,7 @@ def test_a_rank_that_dies_or_hangs_fails_the_step_and_new_ranks_give_the_same_to
         try:
             ran = engine.run(engine.plan())
         except RankLost as error:
-            losses.append(str(error))
+            losses.append(error)
             assert not any(psutil.pid_exists(pid) for pid in victims)  # none is left behind
             engine.requeue()
             engine.forget()
@@ -138,9 +139,64 @@ def test_a_rank_that_dies_or_hangs_fails_the_step_and_new_ranks_give_the_same_to
                 engine.remove(result.generation.id)
     engine.sweep()
     assert len(losses) == 1
-    assert why in losses[0]
+    assert losses[0].rank == 1
+    assert why in str(losses[0])
     assert [generation.generated for generation in mine] == expected
     engine.check()
+
+
+@pytest.fixture
+def own(checkpoint: Path) -> Iterator[tuple[Model, PagedCache]]:
+    """Two ranks of one test."""
+    model, cache = load_ranked_model(checkpoint, ranks=2, tokens=TOKENS, unit=64, timeout=2)
+    yield model, cache
+    model.executor.close()
+
+
+def test_lost_ranks_do_not_come_back_before_their_keys_are_forgotten(
+    own: tuple[Model, PagedCache], checkpoint: Path
+) -> None:
+    model, cache = own
+    sequence = cache.sequence()
+    expected = model.forward(cache, [Span(sequence, tokens(100, 1), 1)])
+    os.kill(pids(model)[0], signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(RankLost):
+            cache.check_integrity()
+    with pytest.raises(RankLost):
+        sequence.export_block(0)  # an empty pool would give zeros
+    cache.forget()
+    assert torch.equal(model.forward(cache, [Span(cache.sequence(), tokens(100, 1), 1)]), expected)
+
+
+def test_blocks_that_come_before_new_ranks_are_up_are_there(own: tuple[Model, PagedCache]) -> None:
+    model, cache = own
+    sequence = cache.sequence()
+    model.forward(cache, [Span(sequence, tokens(96, 1), 0)])
+    blocks = [sequence.export_block(index) for index in range(6)]
+    expected = model.forward(cache, [Span(sequence, [7], 1)])
+    os.kill(pids(model)[0], signal.SIGKILL)
+    with pytest.raises(RankLost):
+        model.forward(cache, [Span(sequence, [8], 1)])
+    cache.forget()
+    sequence = cache.sequence()
+    for block in blocks:
+        sequence.import_block(block)
+    assert torch.equal(model.forward(cache, [Span(sequence, [7], 1)]), expected)
+
+
+def test_a_rank_that_stops_reading_in_a_message_is_lost_in_time(own: tuple[Model, PagedCache]) -> None:
+    model, cache = own
+    sequence = cache.sequence()
+    model.forward(cache, [Span(sequence, tokens(64, 1), 0)])
+    for _ in range(1 + (1 << 22) // cache.block_bytes):
+        cache.fill(0, sequence.pages[0], bytes(cache.block_bytes))
+    os.kill(pids(model)[0], signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(RankLost) as caught:  # the pipe cannot hold the message
+        model.forward(cache, [Span(sequence, [7], 1)])
+    assert caught.value.rank == 0
+    assert time.monotonic() - begin < 10
 
 
 def test_ranks_that_cannot_start_say_why(checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import pytest
 
 from countersign.services.engine.engine import Engine, Generation, Ran, Step
+from countersign.services.engine.errors import RankLost
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
 from countersign.services.engine.model import Model, load_model
 from countersign.services.engine.scheduler import Scheduler
@@ -23,7 +24,7 @@ from countersign.services.protocol.opener import Opener
 from countersign.services.protocol.subjects import commit_subject, receipt_subject
 from countersign.services.protocol.writer import Writer
 from countersign.services.target.committer import Committer
-from countersign.services.target.loop import TargetLoop
+from countersign.services.target.loop import MAX_LOSSES, TargetLoop
 from countersign.services.target.prefixes import PrefixKeys
 from countersign.services.target.receipts import ReceiptMaker
 from countersign.services.target.session import Session
@@ -110,15 +111,31 @@ class MemoryPrefixes:
 
 
 class Watching(Engine):
-    """Notes how many requests were in a pass at most, and how many were preempted."""
+    """Notes how many requests were in a pass at most, how many were preempted, and how often all KV was forgotten.
 
-    most = preempted = 0
+    Its ranks are lost in the next ``losses`` passes, and in so many looks at the pages.
+    """
+
+    most = preempted = forgotten = losses = idle_losses = 0
 
     def run(self, step: Step, skip: Collection[str] = ()) -> Ran:
+        if self.losses and set(step.plan.decodes) | set(step.plan.prefills) - set(skip):
+            self.losses -= 1
+            raise RankLost("ended with code -9", 1)
         ran = super().run(step, skip)
         self.most = max(self.most, len(ran.computed))
         self.preempted += len(step.plan.preempted)
         return ran
+
+    def check(self) -> None:
+        if self.idle_losses:
+            self.idle_losses -= 1
+            raise RankLost("ended with code -9", 1)
+        super().check()
+
+    def forget(self) -> None:
+        self.forgotten += 1
+        super().forget()
 
 
 @dataclass
@@ -276,6 +293,37 @@ async def test_requests_whose_kv_does_not_fit_together_are_preempted_and_all_end
         assert here.engine.preempted > 0
         assert all(here.journal.log(f"r{index}").token_ids == expected for index in range(4))
         here.engine.check()
+
+
+async def test_lost_ranks_are_a_pause_until_they_are_lost_again_and_again(model: Model) -> None:
+    async with house(model) as here:
+        await here.add("alone", max_tokens=20)
+        await here.idle()
+        expected = here.journal.log("alone").token_ids
+        here.engine.losses = MAX_LOSSES - 1
+        await here.add("r", max_tokens=20)
+        await here.idle()
+        assert here.journal.log("r").token_ids == expected
+        assert here.engine.forgotten == MAX_LOSSES - 1
+        here.engine.losses = 1 << 30
+        await here.add("never", max_tokens=20)
+        await here.idle()
+        here.engine.losses = 0
+        log = here.journal.log("never")
+        assert log.closed is not None
+        assert log.closed.reason == FinishReason.FINISH_REASON_ERROR
+        assert "the ranks were lost 3 times in a row: rank 1 ended with code -9" in log.closed.message
+        await here.add("later", max_tokens=20)
+        await here.idle()
+        assert here.journal.log("later").token_ids == expected
+
+
+async def test_ranks_that_are_lost_while_nobody_asks_are_forgotten_too(model: Model) -> None:
+    async with house(model) as here:
+        here.engine.idle_losses = 1
+        await here.add("r", max_tokens=3)
+        await here.idle()
+        await until(lambda: here.engine.forgotten == 1)
 
 
 async def test_a_deadline_that_passes_while_a_prefix_loads_ends_the_request_and_nothing_breaks(model: Model) -> None:

@@ -50,6 +50,9 @@ class RankPages:
     def is_clean(self) -> bool:
         return self._group.is_clean()
 
+    def forget(self) -> None:
+        self._group.renew()
+
 
 class RankedExecutor:
     """Steps that a :class:`RankGroup` computes."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
+import struct
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +21,7 @@ from countersign.services.engine.errors import RankLost
 from countersign.services.engine.ranks.placement import Placement
 from countersign.services.engine.ranks.rank import Result, Step
 from countersign.services.engine.ranks.worker import (
+    START_S,
     Answer,
     Clean,
     Command,
@@ -29,9 +33,8 @@ from countersign.services.engine.ranks.worker import (
     main,
 )
 
-START_S = 120.0
 STOP_S = 2.0
-# A rank that has ended says more about a failure than its peers do, who only miss it.
+# A rank that has ended, or that its peers name, says more about a failure than silence does: they get this long to.
 LAST_WORDS_S = 0.5
 
 T = TypeVar("T")
@@ -45,7 +48,7 @@ class _Member:
 
 @dataclass(slots=True)
 class RankGroup:
-    """Starts with the first call, and anew with the first one after a failure.
+    """Starts with the first call, and anew with the first one after a failure and ``renew``.
 
     ``pages``: of the whole cache, page 0 included. ``timeout``: seconds that a step may take.
     """
@@ -58,6 +61,7 @@ class RankGroup:
     timeout: float
     _members: list[_Member] = field(default_factory=list)
     _waiting: list[list[Command]] = field(default_factory=list)
+    _lost: bool = False
 
     def __post_init__(self) -> None:
         self._waiting = [[] for _ in range(self.placement.ranks)]
@@ -80,18 +84,19 @@ class RankGroup:
                     rank, self.placement, self.folder, self.dtype, self.threads, self.pages, Path(meeting, "ranks"),
                     self.timeout,
                 )  # fmt: skip
-                ours, theirs = context.Pipe()
-                name = f"rank-{rank}"
-                process = context.Process(target=main, args=(theirs, setting, os.getpid()), name=name, daemon=True)
-                process.start()
-                theirs.close()
-                self._members.append(_Member(process, ours))
-            self._answers(dict.fromkeys(range(len(self._members)), Ready), time.monotonic() + START_S)
+                try:
+                    self._members.append(_started(context, setting, self.timeout))
+                except OSError as error:
+                    raise self._failed(f"could not be started: {error}", rank) from error
+            self._answers(dict.fromkeys(range(len(self._members)), Ready), time.monotonic() + START_S + LAST_WORDS_S)
+
+    def renew(self) -> None:
+        """Whoever used the pages knows that what they held is lost, if it is: new ranks may start."""
+        self._lost = False
 
     def tell(self, rank: int, command: Command) -> None:
-        """To be done before the next request. A group that is not up has nothing to do it to."""
-        if self._members:
-            self._waiting[rank].append(command)
+        """To be done before the next request, by new ranks if these are not up."""
+        self._waiting[rank].append(command)
 
     def run(self, step: Step) -> list[Result]:
         """A step on all ranks; their results by rank.
@@ -132,27 +137,28 @@ class RankGroup:
             member.process.close()
 
     def _ask(self, requests: Mapping[int, Request], kind: type[T]) -> dict[int, T]:
+        if self._lost:
+            raise RankLost("was lost, and what it kept is still in use")
         self.start()
         for rank, request in requests.items():
             commands, self._waiting[rank] = self._waiting[rank], []
             try:
                 self._members[rank].pipe.send((commands, request))
             except OSError as error:
-                raise self._lost(rank) from error
-        return self._answers(dict.fromkeys(requests, kind), time.monotonic() + self.timeout)
+                raise self._ended(rank) from error
+        return self._answers(dict.fromkeys(requests, kind), time.monotonic() + self.timeout + LAST_WORDS_S)
 
     def _answers(self, wanted: Mapping[int, type[T]], deadline: float) -> dict[int, T]:
         answers: dict[int, T] = {}
         while missing := [rank for rank in wanted if rank not in answers]:
             ready = wait([self._members[rank].pipe for rank in missing], max(0.0, deadline - time.monotonic()))
             if not ready:
-                rank = missing[0] if len(missing) == 1 else None
-                self.stop()
-                raise RankLost(f"did not answer in time; silent: {missing}", rank)
+                silent = missing[0] if len(missing) == 1 else None
+                raise self._failed(f"did not answer in time; silent: {missing}", silent)
             for rank in [rank for rank in missing if self._members[rank].pipe in ready]:
                 answer = self._received(rank)
                 if not isinstance(answer, wanted[rank]):
-                    raise self._lost(rank, answer)
+                    raise self._ended(rank, answer)
                 answers[rank] = answer
         return answers
 
@@ -163,18 +169,37 @@ class RankGroup:
             return None
         return answer
 
-    def _lost(self, rank: int, answer: object = None) -> RankLost:
-        """Ends all; the error names who ended without a word, else who complained."""
+    def _ended(self, rank: int, answer: object = None) -> RankLost:
+        """The error names who ended without a word, else whom the rank misses, else the rank."""
+        running = {member.process.sentinel: place for place, member in enumerate(self._members)}
         deadline = time.monotonic() + LAST_WORDS_S
-        while True:
-            ended = [(place, member.process.exitcode) for place, member in enumerate(self._members)]
-            alive = [self._members[place].process.sentinel for place, code in ended if code is None]
-            left = deadline - time.monotonic()
-            if any(code for _, code in ended) or not alive or left <= 0:
-                break
-            wait(alive, left)
+        while ready := wait(list(running), max(0.0, deadline - time.monotonic())):
+            for sentinel in [one for one in running if one in ready]:
+                place = running.pop(sentinel)
+                process = self._members[place].process
+                process.join()  # the system closes a process's files before it can tell the code
+                if process.exitcode:
+                    return self._failed(f"ended with code {process.exitcode}", place)
+        if not isinstance(answer, Failed):
+            return self._failed("ended, or sent nothing that could be read in time", rank)
+        return self._failed(f"failed: {answer.why}", rank if answer.peer is None else answer.peer)
+
+    def _failed(self, why: str, rank: int | None) -> RankLost:
+        """Ends all."""
         self.stop()
-        for place, code in ended:
-            if code:  # neither running nor ended by itself
-                return RankLost(f"ended with code {code}", place)
-        return RankLost(f"failed: {answer.why if isinstance(answer, Failed) else 'it ended'}", rank)
+        self._lost = True
+        return RankLost(why, rank)
+
+
+def _started(context: SpawnContext, setting: Setting, timeout: float) -> _Member:
+    """A rank that begins to start."""
+    ours, theirs = context.Pipe()
+    # A rank may stop in the middle of a message, and to wait until one begins is then not enough.
+    with socket.socket(fileno=os.dup(ours.fileno())) as end:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(timeout) + 1, 0))
+    name = f"rank-{setting.rank}"
+    process = context.Process(target=main, args=(theirs, setting, os.getpid()), name=name, daemon=True)
+    with theirs:
+        process.start()
+    return _Member(process, ours)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +30,9 @@ from countersign.services.engine.ranks.placement import Placement
 from countersign.services.engine.ranks.rank import Rank, Result, Step
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+START_S = 120.0
+"""Until all have loaded the model and met."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +71,10 @@ Answer = Result | bytes | bool
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The rank's last words."""
+    """The rank's last words. ``peer``: the rank that it misses, if that is why."""
 
     why: str
+    peer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,8 @@ def main(pipe: Connection, setting: Setting, parent: int) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the coordinator has let go
     except (EngineError, TransportError, MemoryError) as error:
-        pipe.send(Failed(str(error)))
+        with suppress(OSError):
+            pipe.send(Failed(str(error), error.peer if isinstance(error, TransportError) else None))
 
 
 def carry_out(pages: LocalPages, commands: Sequence[Command]) -> None:
@@ -122,8 +128,11 @@ def _start(setting: Setting) -> Rank:
         raise EngineError("ranks run in native code only")
     cache_dtype = TORCH_DTYPES["bf16" if setting.dtype == "int8" else setting.dtype]
     pages = LocalPages(model.config, cache_dtype, setting.pages, "cpu")
+    if sys.platform.startswith("linux"):
+        # Without it gloo listens where the host's name points, and any that connects could send it numbers.
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     where = setting.meeting.absolute().as_uri()
-    transport = connect(setting.rank, setting.placement.ranks, where, timeout=setting.timeout)
+    transport = connect(setting.rank, setting.placement.ranks, where, timeout=START_S)
     return Rank(model.executor, pages, setting.placement, transport, setting.timeout)
 
 
