@@ -80,12 +80,13 @@ Send(r, after, record) == net' = Alive(net \cup {Sent(r, after, record)})
 
 Appended(l, record) == Append(l, record)
 
-Store(m) ==
-  /\ m \in net /\ MayStore(m)
-  /\ log' = [log EXCEPT ![m.r] = Appended(@, m.rec)]
+Stored(r, record) ==
+  /\ log' = [log EXCEPT ![r] = Appended(@, record)]
   /\ net' = Alive(net)
-  /\ newest' = m.r
+  /\ newest' = r
   /\ UNCHANGED <<wk, receipts, rd, ch, cl>>
+
+Store(m) == m \in net /\ MayStore(m) /\ Stored(m.r, m.rec)
 
 -------------------------------------------------------------------------------
 \* Routers. Any number of them: each reads the log, decides, appends, and reads again when that was refused.
@@ -203,6 +204,13 @@ Close(r, s) ==
   /\ Becomes(r, s, [w EXCEPT !.fl = "close"])
   /\ UNCHANGED receipts
 
+\* No receipt can be made: the log is closed without one.
+GiveUp(r, s) ==
+  LET w == wk[r][s] IN
+  /\ w.st = "up" /\ w.pend = <<>> /\ w.fl = "none" /\ ~w.receipt.made
+  /\ Becomes(r, s, [w EXCEPT !.fl = "close", !.fin = TRUE])
+  /\ UNCHANGED receipts
+
 MayCrash(r, s) == TRUE
 
 Crash(r, s) ==
@@ -252,7 +260,8 @@ Init ==
 
 RouterNext(r) == Open(r) \/ Assign(r, "target") \/ Assign(r, "router") \/ Cancel(r) \/ CloseOrphan(r)
 TargetNext(r, s) ==
-  \/ Start(r, s) \/ Finish(r, s) \/ Acked(r, s) \/ Overtaken(r, s) \/ MakeReceipt(r, s) \/ Close(r, s) \/ Crash(r, s)
+  \/ Start(r, s) \/ Finish(r, s) \/ Acked(r, s) \/ Overtaken(r, s) \/ MakeReceipt(r, s) \/ Close(r, s)
+  \/ GiveUp(r, s) \/ Crash(r, s)
   \/ \E toks \in Passes(MaxLen - Len(Believed(wk[r][s]))) : Extend(r, s, toks)
 ClientNext(r) == Deliver(r) \/ Receive(r) \/ Resume(r)
 

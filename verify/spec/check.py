@@ -17,6 +17,8 @@ from countersign.verify.spec.story import tell
 AT_ONCE = 2
 """TLC processes side by side, of one thread each, so that depths come out the same."""
 
+Run = Callable[[tlc.Progress | None], tlc.Outcome]
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -28,7 +30,7 @@ class Check:
     kind: str
     name: str
     expected: str
-    run: Callable[[Callable[[int], None]], tlc.Outcome]
+    run: Run
     weight: int
     states: int = 0
     depth: int = 0
@@ -71,7 +73,7 @@ def checks(manifest: Manifest, *, quick: bool) -> list[Check]:
     return found
 
 
-def perform(todo: Sequence[Check], progress: Callable[[int, int], None] = lambda done, states: None) -> list[Result]:
+def perform(todo: Sequence[Check], progress: Callable[[int, int], None] | None = None) -> list[Result]:
     """Run them, the longest first, and judge. ``progress`` is told the checks done and the states seen so far."""
     queue = [(-check.weight, index, check) for index, check in enumerate(todo)]
     heapq.heapify(queue)
@@ -82,7 +84,8 @@ def perform(todo: Sequence[Check], progress: Callable[[int, int], None] = lambda
     def report(index: int, states: int) -> None:
         with lock:
             seen[index] = states
-            progress(len(results), sum(seen.values()))
+            if progress is not None:
+                progress(len(results), sum(seen.values()))
 
     def work() -> None:
         while True:
@@ -101,7 +104,7 @@ def perform(todo: Sequence[Check], progress: Callable[[int, int], None] = lambda
     return [results[index] for index in range(len(todo))]
 
 
-def judge(check: Check, progress: Callable[[int], None] = lambda states: None) -> Result:
+def judge(check: Check, progress: tlc.Progress | None = None) -> Result:
     """Run one check and compare with what is expected of it."""
     try:
         outcome = check.run(progress)
@@ -155,15 +158,15 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def _whole(one: Configuration) -> Callable[[Callable[[int], None]], tlc.Outcome]:
+def _whole(one: Configuration) -> Run:
     return lambda progress: tlc.check(one.module, one.cfg.text(), simulate=one.simulate, progress=progress)
 
 
-def _single(one: Configuration, name: str, kind: str = SECTIONS[0]) -> Callable[[Callable[[int], None]], tlc.Outcome]:
+def _single(one: Configuration, name: str, kind: str = SECTIONS[0]) -> Run:
     text = one.cfg.text((name,), default=kind)
     return lambda progress: tlc.check(one.module, text, simulate=one.simulate, progress=progress)
 
 
-def _mutated(mutant: Mutant, *names: str) -> Callable[[Callable[[int], None]], tlc.Outcome]:
+def _mutated(mutant: Mutant, *names: str) -> Run:
     text = mutant.base.cfg.text(names or None, mutant.replace)
     return lambda progress: tlc.check(mutant.module, text, progress=progress)

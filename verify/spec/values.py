@@ -14,7 +14,7 @@ _TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*"|<<|>>|\|->|:>|@@|[{}\[\](),]|-?\d+|\
 
 
 def variables(text: str) -> dict[str, Value]:
-    """A state: lines ``/\\ name = value``.
+    r"""A state: lines ``/\ name = value``.
 
     Raises:
         SpecError: it is not in TLC's notation.
@@ -65,8 +65,8 @@ def write(value: Value) -> str:
 
 
 def _value(tokens: list[str]) -> Value:
-    token = tokens.pop()
-    match token:
+    word = tokens.pop()
+    match word:
         case "<<":
             return tuple(_items(tokens, ">>"))
         case "{":
@@ -76,10 +76,10 @@ def _value(tokens: list[str]) -> Value:
         case "(":
             return _pairs(tokens, ":>", "@@", ")")
         case "TRUE" | "FALSE":
-            return token == "TRUE"
-    if token[0] == '"':
-        return token[1:-1].replace('\\"', '"').replace("\\\\", "\\")
-    return int(token) if token.lstrip("-").isdigit() else token
+            return word == "TRUE"
+    if word[0] == '"':
+        return word[1:-1].replace('\\"', '"').replace("\\\\", "\\")
+    return int(word) if word.lstrip("-").isdigit() else word
 
 
 def _items(tokens: list[str], end: str) -> list[Value]:

@@ -1,0 +1,242 @@
+"""From a recorded run to the trace that TraceCommit.tla explains, or does not.
+
+The trace is in an order in which the run can have happened. The log gives it: a record stands where the stream put it,
+an event behind the last record that its process had seen. What a router's client was sent stands at the end, one stream
+after another, since nothing depends on it; each says how much of the log its router had read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from google.protobuf.message import Message
+
+from countersign.services.protocol.commit import LogState, Payload, decode
+from countersign.services.protocol.errors import LogError
+from countersign.v1.commit_pb2 import Assigned, Cancelled, Closed, Extended, Opened
+from countersign.v1.event_pb2 import ProtocolEvent
+from countersign.v1.sampling_pb2 import FINISH_REASON_CANCELLED
+from countersign.verify.spec import tlc
+from countersign.verify.spec.errors import SpecError
+from countersign.verify.spec.manifest import specifications
+from countersign.verify.spec.run import Record, Run
+from countersign.verify.spec.values import Value, write
+
+PROPERTIES = (
+    "Agreement",
+    "ExactlyOnce",
+    "Fenced",
+    "OnlyVerified",
+    "ClosedIsFinal",
+    "OneReceipt",
+    "BilledIsCommitted",
+    "Lawful",
+)
+_ROUTER = "router-"
+_FOR_CLIENTS = frozenset({"followed", "delivered", "finished"})
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``explained`` of ``total`` steps are behaviour of the specification; ``first`` tells of the one that is not."""
+
+    accepted: bool
+    explained: int
+    total: int
+    first: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One line of TraceLog, and how it is told to people."""
+
+    fields: dict[str, Value]
+    told: str
+
+
+class Illegal(Exception):
+    """The run cannot even be put in order; the message names the record or event."""
+
+
+def replay(run: Run, *, seconds: float = 300) -> Verdict:
+    """Have TLC explain the run.
+
+    Raises:
+        SpecError: TLC could not be run.
+    """
+    try:
+        trace, epochs, longest = arrange(run)
+    except Illegal as error:
+        return Verdict(False, 0, len(run.records) + len(run.events), str(error))
+    data = "\n".join(
+        [
+            "---- MODULE TraceData ----",
+            f"TraceLog == {write(tuple(dict(step.fields) for step in trace))}",
+            f"SessionEpoch == {write(tuple(epochs))}",
+            "====",
+        ]
+    )
+    module = specifications() / "commit" / "TraceCommit.tla"
+    outcome = tlc.check(module, _configuration(longest), beside=[("TraceData.tla", data)], timeout=seconds)
+    explained = max((int(line.strip("<>").split(",")[1]) for line in outcome.printed if "explained" in line), default=0)
+    if outcome.code != tlc.PASSED:
+        return Verdict(False, explained, len(trace), f"{trace[explained - 1].told} breaks {outcome.violated}")
+    if explained < len(trace):
+        return Verdict(False, explained, len(trace), f"nothing explains {trace[explained].told}")
+    return Verdict(True, explained, len(trace))
+
+
+def arrange(run: Run) -> tuple[list[_Step], list[int], int]:
+    """The trace, the epoch of each session in it, and the most tokens that were asked for.
+
+    Raises:
+        Illegal: the log is not one, or an event cannot be placed.
+    """
+    if not run.records:
+        raise Illegal("the run holds no record")
+    return _Arranger(run).arrange()
+
+
+@dataclass(slots=True)
+class _Arranger:
+    run: Run
+    place: dict[int, int] = field(default_factory=lambda: {0: 0})
+    payloads: list[Payload] = field(default_factory=list)
+    sessions: dict[tuple[str, int], int] = field(default_factory=dict)
+    epochs: list[int] = field(default_factory=list)
+    receipts: set[bytes] = field(default_factory=set)
+    owner: Assigned = field(default_factory=Assigned)
+    cancelled: bool = False
+
+    def arrange(self) -> tuple[list[_Step], list[int], int]:
+        self._read_log()
+        waiting: dict[int, list[ProtocolEvent]] = defaultdict(list)
+        streams: dict[tuple[str, int], list[ProtocolEvent]] = defaultdict(list)
+        for event in self._in_order():
+            kind = event.WhichOneof("event") or ""
+            if kind in _FOR_CLIENTS:
+                streams[event.instance, getattr(event, kind).stream].append(event)
+            else:
+                waiting[self.place[event.known]].append(event)
+        self.receipts = {event.receipt_made.receipt_sha256 for events in waiting.values() for event in events} - {b""}
+        trace: list[_Step] = []
+        for index in range(len(self.payloads) + 1):
+            if index > 0:
+                trace.append(_Step(*self._record(index)))
+            trace += [_Step(self._said(event), _tell(event)) for event in waiting[index]]
+        for events in streams.values():
+            trace += [_Step(self._sent(event), _tell(event)) for event in events]
+        opened = self.payloads[0]
+        longest = opened.sampling.max_tokens if isinstance(opened, Opened) else 0
+        return trace, [*self.epochs, 0], longest
+
+    def _read_log(self) -> None:
+        log = LogState(self.run.request_id)
+        for number, record in enumerate(self.run.records, 1):
+            try:
+                log = log.apply(record.sequence, record.data)
+            except LogError as error:
+                raise Illegal(f"record {number} (sequence {record.sequence}) may not stand there: {error}") from error
+            self.place[record.sequence] = number
+            self.payloads.append(decode(record.data)[1])
+
+    def _in_order(self) -> Iterator[ProtocolEvent]:
+        """By the process, each in its own order."""
+        by_process: dict[str, list[ProtocolEvent]] = defaultdict(list)
+        for event in self.run.events:
+            by_process[event.instance].append(event)
+        for instance in sorted(by_process):
+            known = 0
+            for number, event in enumerate(sorted(by_process[instance], key=lambda one: one.number), 1):
+                if event.number != number:
+                    raise Illegal(f"event {number} of {instance} is missing, or there twice")
+                if event.known not in self.place:
+                    raise Illegal(f"{_tell(event)} had read record {event.known}, which the log does not hold")
+                if event.WhichOneof("event") not in _FOR_CLIENTS:
+                    if event.known < known:
+                        raise Illegal(f"{_tell(event)} had read less than its process before")
+                    known = event.known
+                yield event
+
+    def _record(self, index: int) -> tuple[dict[str, Value], str]:
+        payload, sequence = self.payloads[index - 1], self.run.records[index - 1].sequence
+        told = f"record {index} (sequence {sequence}), {payload.DESCRIPTOR.name}"
+        match payload:
+            case Opened():
+                return {"ev": "Opened"}, told
+            case Assigned():
+                self.owner = payload
+                to = "router" if payload.instance.startswith(_ROUTER) else "target"
+                return {"ev": "Assigned", "e": payload.epoch, "to": to}, told
+            case Extended():
+                toks = tuple(payload.token_ids)
+                return {"ev": "Extended", "e": payload.epoch, "base": payload.base, "toks": toks}, told
+            case Cancelled():
+                self.cancelled = True
+                return {"ev": "Cancelled"}, told
+            case Closed():
+                return self._closed(payload), told
+
+    def _closed(self, closed: Closed) -> dict[str, Value]:
+        if closed.receipt_sha256 and closed.receipt_sha256 not in self.receipts:
+            raise Illegal("Closed names a receipt that no target said it had made")
+        made = bool(closed.receipt_sha256)
+        bill, cancelled = closed.usage.output_tokens, closed.reason == FINISH_REASON_CANCELLED
+        if not made and (self.owner.instance.startswith(_ROUTER) or self.cancelled):
+            return {"ev": "Orphaned", "bill": bill, "cancelled": cancelled}
+        session = self._session(self.owner.instance, self.owner.epoch)
+        return {"ev": "Closed", "made": made, "bill": bill, "cancelled": cancelled, "s": session}
+
+    def _said(self, event: ProtocolEvent) -> dict[str, Value]:
+        """What a target said."""
+        known = self.place[event.known]
+        match event.WhichOneof("event"):
+            case "started":
+                self.epochs.append(event.started.epoch)
+                self.sessions[event.instance, event.started.epoch] = len(self.epochs)
+                return {"ev": "Started", "s": len(self.epochs), "known": known}
+            case "sampled":
+                session = self._session(event.instance, event.sampled.epoch)
+                toks = tuple(event.sampled.token_ids)
+                return {"ev": "Sampled", "s": session, "known": known, "base": event.sampled.base, "toks": toks}
+            case "receipt_made":
+                made = event.receipt_made
+                session = self._session(event.instance, made.epoch)
+                return {"ev": "Receipt", "s": session, "tokens": made.tokens, "cancelled": made.cancelled}
+        raise Illegal(f"{_tell(event)} says nothing that is known here")
+
+    def _sent(self, event: ProtocolEvent) -> dict[str, Value]:
+        """What a router sent to a client."""
+        at = self.place[event.known]
+        if event.WhichOneof("event") == "followed":
+            return {"ev": "Followed", "position": event.followed.position, "at": at}
+        finished = event.WhichOneof("event") == "finished"
+        sent = event.finished if finished else event.delivered
+        name = "Finished" if finished else "Delivered"
+        return {"ev": name, "position": sent.position, "at": at, "toks": tuple(sent.token_ids)}
+
+    def _session(self, instance: str, epoch: int) -> int:
+        """Its number; that of one which never starts where the process did not say that it had."""
+        last = sum(1 for event in self.run.events if event.WhichOneof("event") == "started") + 1
+        return self.sessions.get((instance, epoch), last)
+
+
+def _tell(event: ProtocolEvent) -> str:
+    kind = event.WhichOneof("event") or "nothing"
+    what: Message | None = getattr(event, kind, None)
+    shown = " ".join(str(what).split()) if what is not None else ""
+    shown = shown if len(shown) < 160 else shown[:157] + "..."
+    return f"event {event.number} of {event.instance} ({kind} {shown}; it had read up to {event.known})"
+
+
+def _configuration(longest: int) -> str:
+    lines = ["SPECIFICATION TraceSpec", "CONSTANTS", "  Req = {r1}", "  Val = {}"]
+    lines += [f"  {name} = {longest or 1}" for name in ("MaxLen", "MaxPass", "MaxPending")]
+    lines += ["  MaxEpoch = 1000000", "  MaxResumes = 0", "  Session <- TraceSessions", "  EpochOf <- TraceEpoch"]
+    lines += ["CONSTRAINT Progress", *(f"INVARIANT {name}" for name in PROPERTIES)]
+    return "\n".join(lines) + "\n"
+
+
+__all__ = ["Illegal", "Record", "Run", "SpecError", "Verdict", "arrange", "replay"]
