@@ -4,20 +4,25 @@ Linear layers see one row per new token of any sequence. Attention takes short s
 context together in one padded call, and long spans (prefill) alone in pieces of at most 256 rows. A tree of tokens is
 taken path by path: the keys of a path stand in the order of their positions, with nothing between them, so that each
 sum over them runs as it would had the path been decoded token by token.
+
+That is :func:`plan`. Attention that reads the pages where they are needs none of it: :func:`plan_paged` only says who sees
+what, trees included.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from countersign.kernels.attention import Layout
 from countersign.kernels.padded_attention import MAX_QUERIES, Mask, padded_keys, padded_queries
 from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.errors import ContextExceeded, InvalidSpan
@@ -25,6 +30,8 @@ from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCac
 from countersign.services.engine.linear import padded_rows
 
 Ids: TypeAlias = NDArray[np.int64]
+Numbers: TypeAlias = NDArray[np.integer[Any]]
+Moved: TypeAlias = Callable[..., Tensor]
 
 MAX_TREE = MAX_QUERIES
 """The most tokens of one tree."""
@@ -97,12 +104,44 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """One call of paged attention, for the ``rows`` of the flat batch. leaf: positions of a leaf where it gives partials
+    of such; None for one softmax.
+    """
+
+    rows: slice
+    layout: Layout
+    leaf: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Splitting:
+    """Which spans have their keys split into leaves of ``leaf`` positions, so that few rows keep a whole device busy:
+    those of at most ``few`` rows, or all where that is None. partials: the most (rows x leaves) of one call, whose
+    results take memory.
+    """
+
+    leaf: int
+    few: int | None
+    partials: int
+
+    def leaf_of(self, span: Span) -> int | None:
+        """The leaf of this span's attention; None for one softmax."""
+        return self.leaf if self.few is None or len(span.token_ids) <= self.few else None
+
+    def rows(self, spans: Sequence[Span]) -> int:
+        """The most rows of one call on these spans."""
+        longest = max(span.sequence.length + len(span.token_ids) for span in spans)
+        return max(1, self.partials // -(-longest // self.leaf))
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """A forward pass of M rows, padded to M'.
 
     token_ids: (M'), padding 0. positions: (M). end: above all positions. pages, offsets: (M), where each row's K and V
-    go. take: (M') rows of the groups' results laid end to end; None for all in order. logit_rows: (L'), the first
-    ``logits`` of them wanted.
+    go. logit_rows: (L'), the first ``logits`` of them wanted. groups or calls: what attention computes, padded or paged.
+    take: (M') rows of their results laid end to end; None for all in order.
     """
 
     rows: int
@@ -111,10 +150,11 @@ class Step:
     end: int
     pages: Tensor
     offsets: Tensor
-    groups: list[Group]
-    take: Tensor | None
     logits: int
     logit_rows: Tensor
+    groups: list[Group] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    take: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,19 +221,8 @@ def _check_tree(parents: Sequence[int], tokens: int) -> None:
 
 def plan(cache: PagedCache, spans: Sequence[Span], window: int | None, padding: Padding, device: str) -> Step:
     """Lays the spans out. Their slots must be reserved. Tensors are on ``device``."""
-
-    def moved(values: Ids, size: int | None = None) -> Tensor:
-        if size is not None:
-            values = np.pad(values, (0, size - len(values)))
-        return staged(values, device).to(device, non_blocking=True)
-
-    token_ids = np.concatenate([np.asarray(span.token_ids, dtype=np.int64) for span in spans])
-    starts = np.cumsum([0] + [len(span.token_ids) for span in spans])
-    rows = padding.rows(len(token_ids))
-    positions, pages, offsets = _places(cache, spans)
-    logit_rows = np.concatenate(
-        [np.arange(stop - span.logits, stop) for span, stop in zip(spans, starts[1:], strict=True)]
-    )
+    step, starts, moved = _laid_out(cache, spans, range(len(spans)), padding, device)
+    rows = padding.rows(step.rows)
     groups, take, results = [], np.zeros(rows, dtype=np.int64), 0
     for pieces in _grouped(
         [piece for span, start in zip(spans, starts, strict=False) for piece in _pieces(cache, span, start, padding)],
@@ -204,24 +233,62 @@ def plan(cache: PagedCache, spans: Sequence[Span], window: int | None, padding: 
             take[piece.rows] = results + index * queries + np.arange(len(piece.rows))
         results += len(pieces) * queries
         if padding.whole and _is_plain(pieces, window):
-            groups.append(_causal(pieces[0], len(token_ids), moved))
+            groups.append(_causal(pieces[0], step.rows, moved))
         else:
             groups.append(_group(pieces, queries, padding, window, cache.dtype, moved))
-    return Step(
+    return replace(step, groups=groups, take=None if results == rows and _in_order(take) else moved(take))
+
+
+def plan_paged(cache: PagedCache, spans: Sequence[Span], splitting: Splitting, device: str) -> Step:
+    """As :func:`plan`, for attention that reads the pages where they are: spans of one kind stand together, so that a
+    call's rows do.
+    """
+
+    def kind(index: int) -> tuple[bool, bool]:
+        return splitting.leaf_of(spans[index]) is None, spans[index].parents is not None
+
+    order = sorted(range(len(spans)), key=kind)
+    step, _, moved = _laid_out(cache, spans, order, EXACT, device)
+    calls, start = [], 0
+    for (one_softmax, _), members in groupby(order, kind):
+        together = [spans[index] for index in members]
+        for parts in _shared_out(together, None if one_softmax else splitting.rows(together)):
+            rows = slice(start, start + sum(part.count for part in parts))
+            calls.append(Call(rows, _layout(cache, parts, moved), None if one_softmax else splitting.leaf))
+            start = rows.stop
+    return replace(step, calls=calls)
+
+
+def _laid_out(
+    cache: PagedCache, spans: Sequence[Span], order: Sequence[int], padding: Padding, device: str
+) -> tuple[Step, Ids, Moved]:
+    """The step without its attention, rows in this order of the spans; the first row of each span in it."""
+
+    def moved(values: Numbers, size: int | None = None) -> Tensor:
+        if size is not None:
+            values = np.pad(values, (0, size - len(values)))
+        return staged(values, device).to(device, non_blocking=True)
+
+    laid = [spans[index] for index in order]
+    token_ids = np.concatenate([np.asarray(span.token_ids, dtype=np.int64) for span in laid])
+    starts = np.cumsum([0] + [len(span.token_ids) for span in laid])
+    positions, pages, offsets = _places(cache, laid)
+    stops = dict(zip(order, starts[1:], strict=True))
+    logit_rows = np.concatenate([np.arange(stops[i] - span.logits, stops[i]) for i, span in enumerate(spans)])
+    step = Step(
         rows=len(token_ids),
-        token_ids=moved(token_ids, rows),
+        token_ids=moved(token_ids, padding.rows(len(token_ids))),
         positions=moved(positions),
         end=int(positions.max()) + 1,
         pages=moved(pages),
         offsets=moved(offsets),
-        groups=groups,
-        take=None if results == rows and _in_order(take) else moved(take),
         logits=len(logit_rows),
         logit_rows=moved(logit_rows, padding.rows(len(logit_rows))),
     )
+    return step, starts, moved
 
 
-def staged(values: Ids, device: str) -> Tensor:
+def staged(values: Numbers, device: str) -> Tensor:
     """The values where a copy to ``device`` starts from; one to an accelerator then waits for nothing."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory() if device.startswith("cuda") else tensor
@@ -265,6 +332,65 @@ def _paths(parents: Sequence[int]) -> Iterator[tuple[Ids, int]]:
         known = sum(node in seen for node in path)
         seen.update(path)
         yield np.array(path[::-1]), known
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """So many rows of a span from ``offset`` on."""
+
+    span: Span
+    offset: int
+    count: int
+
+    @property
+    def base(self) -> int:
+        return self.span.sequence.length + self.offset
+
+
+def _shared_out(spans: Sequence[Span], most: int | None) -> Iterator[list[_Part]]:
+    """All rows, in runs of at most ``most``; a tree stays whole."""
+    run: list[_Part] = []
+    room = most
+    for span in spans:
+        offset, count = 0, len(span.token_ids)
+        while offset < count:
+            part = count - offset
+            if room is not None and part > room:
+                if run and (not room or span.parents is not None):
+                    yield run
+                    run, room = [], most
+                    continue
+                part = part if span.parents is not None else room
+            run.append(_Part(span, offset, part))
+            offset += part
+            room = None if room is None else max(0, room - part)
+    yield run
+
+
+def _layout(cache: PagedCache, parts: Sequence[_Part], moved: Moved) -> Layout:
+    """Chains only, or trees only."""
+    longest = max(part.base + part.count for part in parts)
+    first = np.cumsum([0] + [part.count for part in parts], dtype=np.int32)
+    tables = cache.tables[[part.span.sequence.row for part in parts], : pages_for(longest)]
+    parents = [part.span.parents for part in parts]
+    return Layout(
+        first=moved(first),
+        base=moved(np.array([part.base for part in parts], dtype=np.int32)),
+        tables=moved(np.ascontiguousarray(tables)),
+        ancestors=moved(_ancestors([tree for tree in parents if tree is not None])) if any(parents) else None,
+        longest=longest,
+    )
+
+
+def _ancestors(trees: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    """(rows, words): bit u of a row, the lowest of the first word being bit 0: it is row u of its tree or below it."""
+    paths: list[int] = []
+    for parents in trees:
+        first = len(paths)
+        for node, parent in enumerate(parents):
+            paths.append((0 if parent < 0 else paths[first + parent]) | 1 << node)
+    size = 4 * -(-max(map(len, trees)) // 32)
+    return np.frombuffer(b"".join(path.to_bytes(size, "little") for path in paths), dtype="<i4").reshape(len(paths), -1)
 
 
 def _grouped(pieces: Sequence[_Piece], padding: Padding) -> Iterator[list[_Piece]]:

@@ -14,9 +14,11 @@ from countersign.services.protocol.events import Committed, Ended, Event
 from countersign.services.protocol.reader import Reader
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.router.answer import Answer
+from countersign.services.router.client import Client
 from countersign.services.router.placing import Placer
 from countersign.services.router.receipts import Receipts
 from countersign.services.router.text import Text
+from countersign.services.runtime.announcer import Announcer
 from countersign.services.runtime.errors import DataLoss, DeadlineExceeded, Unavailable, translated
 from countersign.services.runtime.journal import Entry, Journal
 from countersign.v1.router_pb2 import Accepted, Finished, StreamEvent
@@ -38,6 +40,7 @@ class Follower:
     placer: Placer
     receipts: Receipts
     wall_ms: Callable[[], int]
+    announcer: Announcer
 
     async def follow(self, request_id: str, position: int) -> AsyncGenerator[StreamEvent, None]:
         """Accepted, the committed tokens from ``position`` on, Finished.
@@ -48,6 +51,7 @@ class Follower:
         """
         reader = Reader(request_id)
         answer: Answer | None = None
+        client = Client(self.announcer, self.announcer.party(request_id), position)
         async with aclosing(self._entries(request_id, reader)) as entries:
             async for entry in entries:
                 events = _read(reader, entry)
@@ -56,6 +60,7 @@ class Follower:
                     yield StreamEvent(accepted=_accepted(reader.log))
                 for event in events:
                     async for out in self._told(reader.log, answer, event):
+                        await client.gets(reader.log, out)
                         yield out
                     if isinstance(event, Ended):
                         return

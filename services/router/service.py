@@ -22,6 +22,7 @@ from countersign.services.router.following import Follower
 from countersign.services.router.placing import Placer
 from countersign.services.router.receipts import Receipts
 from countersign.services.router.text import Text
+from countersign.services.runtime.announcer import Announcer
 from countersign.services.runtime.background import Background
 from countersign.services.runtime.clock import wall_ms
 from countersign.services.runtime.errors import (
@@ -74,7 +75,8 @@ class RouterService:
         self._receipts = Receipts(context.journal)
         self._text = Text(context.bus)
         self._placer = Placer(context)
-        self._follower = Follower(self._text, context.journal, self._placer, self._receipts, wall_ms)
+        announcer = Announcer(context.bus, context.instance)
+        self._follower = Follower(self._text, context.journal, self._placer, self._receipts, wall_ms, announcer)
         self._active = 0
         self._background = Background()
         self._orphans = Background()

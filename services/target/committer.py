@@ -12,10 +12,12 @@ from countersign.services.protocol.driver import Final, settle
 from countersign.services.protocol.errors import ProtocolError
 from countersign.services.protocol.events import Append, CancelledByClient, ReadTail, Settled
 from countersign.services.protocol.subjects import receipt_subject
+from countersign.services.runtime.announcer import NOBODY, Announcer
 from countersign.services.runtime.errors import CountersignError, DeadlineExceeded, Unavailable
 from countersign.services.runtime.journal import Journal, WrongSequence
 from countersign.services.target.receipts import ReceiptMaker
 from countersign.services.target.session import Session
+from countersign.v1.event_pb2 import ReceiptMade
 from countersign.v1.sampling_pb2 import FinishReason
 from countersign.verify.errors import VerificationError
 from countersign.verify.receipt import receipt_digest
@@ -40,12 +42,14 @@ class Committer:
         wall_ms: Callable[[], int],
         wake: Callable[[], None],
         log: logging.Logger,
+        announcer: Announcer = NOBODY,
     ) -> None:
         self._journal = journal
         self._receipts = receipts
         self._wall_ms = wall_ms
         self._wake = wake
         self._log = log
+        self._announcer = announcer
 
     async def run(self, session: Session, changed: asyncio.Event) -> None:
         """Commit until the end. ``changed`` is set whenever a pass was added or ``finish`` was set."""
@@ -114,6 +118,7 @@ class Committer:
     async def _receipt(self, session: Session, log: LogState, reason: FinishReason.ValueType) -> bytes:
         """Make and store the receipt of the log as it stands; its digest."""
         data = self._receipts.make(log, reason, session.started_unix_ms, self._wall_ms())
+        digest = receipt_digest(data)
         subject = receipt_subject(session.request_id)
 
         async def publish() -> int:
@@ -122,7 +127,14 @@ class Committer:
             return await self._journal.append(subject, data, expected=expected, timeout=PUBLISH_TIMEOUT_S)
 
         await self._patiently(publish)
-        return receipt_digest(data)
+        made = ReceiptMade(
+            epoch=session.writer.epoch,
+            receipt_sha256=digest,
+            tokens=len(log.tokens),
+            cancelled=reason == FinishReason.FINISH_REASON_CANCELLED,
+        )
+        await self._announcer.announce(session.party.says(log.sequence, receipt_made=made))
+        return digest
 
     async def _settle(self, session: Session, effect: Append | None) -> Final:
         writer, first = session.writer, [effect]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from countersign.services.engine.engine import Engine, Result
 from countersign.services.engine.errors import EngineError, RankLost
 from countersign.services.engine.kv import PAGE_TOKENS
+from countersign.services.runtime.announcer import NOBODY, Announcer
 from countersign.services.runtime.background import Background
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
 from countersign.services.target.prefixes import Prefixes, PrefixKeys
 from countersign.services.target.session import Pass, Session
+from countersign.v1.event_pb2 import ProtocolEvent, Sampled
 from countersign.v1.sampling_pb2 import FinishReason
 
 T = TypeVar("T")
@@ -41,6 +43,7 @@ class TargetLoop:
         *,
         wall_ms: Callable[[], int],
         log: logging.Logger,
+        announcer: Announcer = NOBODY,
     ) -> None:
         self._engine = engine
         self._drafts = drafts
@@ -48,6 +51,8 @@ class TargetLoop:
         self._keys = keys
         self._wall_ms = wall_ms
         self._log = log
+        self._announcer = announcer
+        self._sampled: list[ProtocolEvent] = []
         self._sessions: dict[str, Session] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
@@ -126,6 +131,9 @@ class TargetLoop:
         if ran.computed:
             self._losses = 0
         self._engine.settle(ran, {result.generation.id: self._take(result) for result in ran.results})
+        # Before the committers can append it: who sees a record has been told of its tokens.
+        sampled, self._sampled = self._sampled, []
+        await self._announcer.announce(*sampled)
         # The committers get their turn, so that the log does not wait for the next pass.
         await asyncio.sleep(0)
         return True
@@ -154,10 +162,12 @@ class TargetLoop:
         """Append a pass to its session; the tokens that belong to the answer."""
         session, outcome = self._sessions[result.generation.id], result.outcome
         kept: list[int] = []
-        if session.finish is None and outcome.token_ids:
+        # A fenced request's last pass may end after it is known.
+        if session.finish is None and session.writer.wants_tokens and outcome.token_ids:
             kept, reason = session.stopper.take(outcome.token_ids)
             sampled = Pass(outcome.token_ids, result.drafted, outcome.accepted)
             session.uncommitted.append(sampled.cut(len(kept)))
+            self._sampled.append(_said(session, kept))
             if reason is not None:
                 session.end(reason)
         if outcome.error:
@@ -242,3 +252,9 @@ class TargetLoop:
 
     async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+
+def _said(session: Session, token_ids: Sequence[int]) -> ProtocolEvent:
+    """The event of one pass, whose tokens are not in the generation yet."""
+    sampled = Sampled(epoch=session.writer.epoch, base=session.output_tokens, token_ids=token_ids)
+    return session.party.says(session.writer.log.sequence, sampled=sampled)

@@ -23,6 +23,7 @@ from countersign.services.protocol.errors import LogError, NotOwner
 from countersign.services.protocol.events import CancelledByClient
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.protocol.writer import Writer
+from countersign.services.runtime.announcer import Announcer
 from countersign.services.runtime.clock import wall_ms
 from countersign.services.runtime.config import TargetConfig
 from countersign.services.runtime.errors import DataLoss, FailedPrecondition, ResourceExhausted, Unavailable, translated
@@ -37,6 +38,7 @@ from countersign.services.target.session import Session
 from countersign.services.target.stopping import Stopper
 from countersign.v1 import target_pb2
 from countersign.v1.commit_pb2 import Opened
+from countersign.v1.event_pb2 import Started
 from countersign.v1.registry_pb2 import Instance
 from countersign.v1.router_pb2 import ModelInfo
 from countersign.v1.target_pb2 import RefreshRequest, RefreshResponse, StartRequest, StartResponse
@@ -62,6 +64,7 @@ class TargetService:
         journal: Journal,
         loop: TargetLoop,
         committer: Committer,
+        announcer: Announcer,
         *,
         most: int,
     ) -> None:
@@ -73,6 +76,7 @@ class TargetService:
         self._journal = journal
         self._loop = loop
         self._committer = committer
+        self._announcer = announcer
         self._most = most
 
     async def run(self) -> None:
@@ -117,6 +121,8 @@ class TargetService:
                 session.cancel()
             with translated(EngineError, FailedPrecondition, about=request.request_id, reason="TOO_LARGE"):
                 self._loop.add(session, self._committer)
+            started = Started(epoch=writer.epoch)
+            await self._announcer.announce(session.party.says(writer.log.sequence, started=started))
         return StartResponse(sequence=writer.log.sequence)
 
     async def Refresh(self, request: RefreshRequest, call: Call) -> RefreshResponse:
@@ -176,6 +182,7 @@ class TargetService:
                 keys=self._keys(opened.tenant, prompt),
             ),
             started_unix_ms=wall_ms(),
+            party=self._announcer.party(writer.log.request_id),
         )
         # An earlier epoch may have committed the last token and died before it closed the log.
         _, reason = stopper.take(committed)
@@ -218,8 +225,9 @@ async def create(context: Context) -> TargetService:
     if config.kv_store:
         prefixes = Prefixes(context.bus, context.instance, time.monotonic, context.log)
     drafts = Drafts(context.bus, context.config.draft, model.config.vocabulary_size, time.monotonic, context.log)
-    loop = TargetLoop(engine, drafts, prefixes, keys, wall_ms=wall_ms, log=context.log)
-    committer = Committer(context.journal, ReceiptMaker(key, info, build), wall_ms, loop.wake, context.log)
+    announcer = Announcer(context.bus, context.instance)
+    loop = TargetLoop(engine, drafts, prefixes, keys, wall_ms=wall_ms, log=context.log, announcer=announcer)
+    committer = Committer(context.journal, ReceiptMaker(key, info, build), wall_ms, loop.wake, context.log, announcer)
     return TargetService(
         context.instance,
         info,
@@ -229,6 +237,7 @@ async def create(context: Context) -> TargetService:
         context.journal,
         loop,
         committer,
+        announcer,
         most=config.max_requests,
     )
 

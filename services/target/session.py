@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from countersign.services.engine.engine import Generation
 from countersign.services.protocol.writer import Writer
+from countersign.services.runtime.announcer import Party
 from countersign.services.target.stopping import Stopper
 from countersign.v1.commit_pb2 import Opened
 from countersign.v1.sampling_pb2 import Drafting, FinishReason
@@ -51,6 +52,7 @@ class Session:
     done: bool = False
     stored_blocks: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    party: Party = field(default_factory=Party)
 
     @property
     def prompt_tokens(self) -> int:

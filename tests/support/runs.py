@@ -33,13 +33,13 @@ class Recorder:
         return sequence
 
     def say(
-        self, instance: str, what: Started | Sampled | ReceiptMade | Followed | Delivered, known: int | None = None
+        self, party: str, what: Started | Sampled | ReceiptMade | Followed | Delivered, known: int | None = None
     ) -> None:
-        self._counts[instance] += 1
+        self._counts[party] += 1
         event = ProtocolEvent(
             request_id="r1",
-            instance=instance,
-            number=self._counts[instance],
+            party=party,
+            number=self._counts[party],
             known=self.log.sequence if known is None else known,
         )
         match what:
@@ -60,18 +60,18 @@ class Recorder:
     def assign(self, instance: str) -> None:
         epoch = self.log.epoch + 1
         self.append(Assigned(epoch=epoch, instance=instance))
-        self.say(instance, Started(epoch=epoch))
+        self.say(f"{instance}.1", Started(epoch=epoch))
 
     def extend(self, *token_ids: int) -> None:
         base, epoch = len(self.log.tokens), self.log.epoch
-        self.say(self.log.instance, Sampled(epoch=epoch, base=base, token_ids=token_ids))
+        self.say(f"{self.log.instance}.1", Sampled(epoch=epoch, base=base, token_ids=token_ids))
         self.append(Extended(epoch=epoch, base=base, token_ids=token_ids))
 
     def receipt(self, *, cancelled: bool = False) -> bytes:
         digest = sha256(f"{self.log.token_ids} {cancelled}".encode()).digest()
         count = len(self.log.tokens)
         made = ReceiptMade(epoch=self.log.epoch, receipt_sha256=digest, tokens=count, cancelled=cancelled)
-        self.say(self.log.instance, made)
+        self.say(f"{self.log.instance}.1", made)
         return digest
 
     def close(self, digest: bytes, reason: FinishReason.ValueType = FINISH_REASON_LENGTH) -> None:
@@ -80,15 +80,15 @@ class Recorder:
     def cancel(self) -> None:
         self.append(Cancelled(cause="the client left"))
 
-    def serve(self, router: str, start: int, *ends: int, stream: int = 1) -> None:
+    def serve(self, router: str, start: int, *ends: int) -> None:
         """A client that has ``start`` tokens gets those up to each of ``ends``, and is told that it was all."""
-        self.say(router, Followed(stream=stream, position=start))
+        self.say(router, Followed(position=start))
         for end in ends:
             part = self.log.token_ids[start:end]
-            self.say(router, Delivered(stream=stream, position=start, token_ids=part))
+            self.say(router, Delivered(position=start, token_ids=part))
             start = end
         if self.log.closed is not None:
-            self.say(router, Delivered(stream=stream, position=start))
+            self.say(router, Delivered(position=start))
 
 
 def taken_over() -> Recorder:
@@ -97,14 +97,14 @@ def taken_over() -> Recorder:
     it.assign("target-a")
     it.extend(5, 6)
     it.extend(7)
-    it.serve("router-x", 0, 2, 3)
+    it.serve("router-x.1", 0, 2, 3)
     old = it.log.sequence
     it.assign("target-b")
-    it.say("target-a", Sampled(epoch=1, base=3, token_ids=[8]), old)
+    it.say("target-a.1", Sampled(epoch=1, base=3, token_ids=[8]), old)
     it.extend(8, 9, 10)
     it.extend(11, 12)
     it.close(it.receipt())
-    it.serve("router-y", 3, 6, 8)
+    it.serve("router-y.1", 3, 6, 8)
     return it
 
 
@@ -116,7 +116,7 @@ def cancelled() -> Recorder:
     it.receipt()
     it.cancel()
     it.close(it.receipt(cancelled=True), FinishReason.FINISH_REASON_CANCELLED)
-    it.serve("router-x", 0, 3)
+    it.serve("router-x.1", 0, 3)
     return it
 
 
@@ -127,5 +127,5 @@ def orphaned() -> Recorder:
     it.extend(5)
     it.append(Assigned(epoch=2, instance="router-x"))
     it.close(b"", FinishReason.FINISH_REASON_ERROR)
-    it.serve("router-x", 0, 1)
+    it.serve("router-x.1", 0, 1)
     return it

@@ -52,7 +52,7 @@ class Verdict:
 class _Step:
     """One line of TraceLog, and how it is told to people."""
 
-    fields: dict[str, Value]
+    fields: dict[Value, Value]
     told: str
 
 
@@ -73,7 +73,7 @@ def replay(run: Run, *, seconds: float = 300) -> Verdict:
     data = "\n".join(
         [
             "---- MODULE TraceData ----",
-            f"TraceLog == {write(tuple(dict(step.fields) for step in trace))}",
+            f"TraceLog == {write(tuple(step.fields for step in trace))}",
             f"SessionEpoch == {write(tuple(epochs))}",
             "====",
         ]
@@ -104,7 +104,7 @@ class _Arranger:
     run: Run
     place: dict[int, int] = field(default_factory=lambda: {0: 0})
     payloads: list[Payload] = field(default_factory=list)
-    sessions: dict[tuple[str, int], int] = field(default_factory=dict)
+    sessions: dict[str, int] = field(default_factory=dict)
     epochs: list[int] = field(default_factory=list)
     receipts: set[bytes] = field(default_factory=set)
     owner: Assigned = field(default_factory=Assigned)
@@ -113,11 +113,10 @@ class _Arranger:
     def arrange(self) -> tuple[list[_Step], list[int], int]:
         self._read_log()
         waiting: dict[int, list[ProtocolEvent]] = defaultdict(list)
-        streams: dict[tuple[str, int], list[ProtocolEvent]] = defaultdict(list)
+        streams: dict[str, list[ProtocolEvent]] = defaultdict(list)
         for event in self._in_order():
-            kind = event.WhichOneof("event") or ""
-            if kind in _FOR_CLIENTS:
-                streams[event.instance, getattr(event, kind).stream].append(event)
+            if event.WhichOneof("event") in _FOR_CLIENTS:
+                streams[event.party].append(event)
             else:
                 waiting[self.place[event.known]].append(event)
         self.receipts = {event.receipt_made.receipt_sha256 for events in waiting.values() for event in events} - {b""}
@@ -143,24 +142,23 @@ class _Arranger:
             self.payloads.append(decode(record.data)[1])
 
     def _in_order(self) -> Iterator[ProtocolEvent]:
-        """By the process, each in its own order."""
-        by_process: dict[str, list[ProtocolEvent]] = defaultdict(list)
+        """Party by party, each in its own order."""
+        parties: dict[str, list[ProtocolEvent]] = defaultdict(list)
         for event in self.run.events:
-            by_process[event.instance].append(event)
-        for instance in sorted(by_process):
+            parties[event.party].append(event)
+        for party in sorted(parties):
             known = 0
-            for number, event in enumerate(sorted(by_process[instance], key=lambda one: one.number), 1):
+            for number, event in enumerate(sorted(parties[party], key=lambda one: one.number), 1):
                 if event.number != number:
-                    raise Illegal(f"event {number} of {instance} is missing, or there twice")
+                    raise Illegal(f"event {number} of {party} is missing, or there twice")
                 if event.known not in self.place:
                     raise Illegal(f"{_tell(event)} had read record {event.known}, which the log does not hold")
-                if event.WhichOneof("event") not in _FOR_CLIENTS:
-                    if event.known < known:
-                        raise Illegal(f"{_tell(event)} had read less than its process before")
-                    known = event.known
+                if event.known < known:
+                    raise Illegal(f"{_tell(event)} had read less than before")
+                known = event.known
                 yield event
 
-    def _record(self, index: int) -> tuple[dict[str, Value], str]:
+    def _record(self, index: int) -> tuple[dict[Value, Value], str]:
         payload, sequence = self.payloads[index - 1], self.run.records[index - 1].sequence
         told = f"record {index} (sequence {sequence}), {payload.DESCRIPTOR.name}"
         match payload:
@@ -179,35 +177,34 @@ class _Arranger:
             case Closed():
                 return self._closed(payload), told
 
-    def _closed(self, closed: Closed) -> dict[str, Value]:
+    def _closed(self, closed: Closed) -> dict[Value, Value]:
         if closed.receipt_sha256 and closed.receipt_sha256 not in self.receipts:
             raise Illegal("Closed names a receipt that no target said it had made")
         made = bool(closed.receipt_sha256)
         bill, cancelled = closed.usage.output_tokens, closed.reason == FINISH_REASON_CANCELLED
         if not made and (self.owner.instance.startswith(_ROUTER) or self.cancelled):
             return {"ev": "Orphaned", "bill": bill, "cancelled": cancelled}
-        session = self._session(self.owner.instance, self.owner.epoch)
-        return {"ev": "Closed", "made": made, "bill": bill, "cancelled": cancelled, "s": session}
+        return {"ev": "Closed", "made": made, "bill": bill, "cancelled": cancelled, "s": self._owners()}
 
-    def _said(self, event: ProtocolEvent) -> dict[str, Value]:
+    def _said(self, event: ProtocolEvent) -> dict[Value, Value]:
         """What a target said."""
         known = self.place[event.known]
         match event.WhichOneof("event"):
             case "started":
                 self.epochs.append(event.started.epoch)
-                self.sessions[event.instance, event.started.epoch] = len(self.epochs)
+                self.sessions[event.party] = len(self.epochs)
                 return {"ev": "Started", "s": len(self.epochs), "known": known}
             case "sampled":
-                session = self._session(event.instance, event.sampled.epoch)
+                session = self._session(event.party)
                 toks = tuple(event.sampled.token_ids)
                 return {"ev": "Sampled", "s": session, "known": known, "base": event.sampled.base, "toks": toks}
             case "receipt_made":
                 made = event.receipt_made
-                session = self._session(event.instance, made.epoch)
+                session = self._session(event.party)
                 return {"ev": "Receipt", "s": session, "tokens": made.tokens, "cancelled": made.cancelled}
         raise Illegal(f"{_tell(event)} says nothing that is known here")
 
-    def _sent(self, event: ProtocolEvent) -> dict[str, Value]:
+    def _sent(self, event: ProtocolEvent) -> dict[Value, Value]:
         """What a router sent to a client."""
         at = self.place[event.known]
         if event.WhichOneof("event") == "followed":
@@ -217,10 +214,18 @@ class _Arranger:
         name = "Finished" if finished else "Delivered"
         return {"ev": name, "position": sent.position, "at": at, "toks": tuple(sent.token_ids)}
 
-    def _session(self, instance: str, epoch: int) -> int:
-        """Its number; that of one which never starts where the process did not say that it had."""
-        last = sum(1 for event in self.run.events if event.WhichOneof("event") == "started") + 1
-        return self.sessions.get((instance, epoch), last)
+    def _session(self, party: str) -> int:
+        """Its number; that of one which never starts where the party did not say that it had."""
+        return self.sessions.get(party, self._never)
+
+    def _owners(self) -> int:
+        """The session that the log belongs to now."""
+        mine = f"{self.owner.instance}."
+        return max((number for party, number in self.sessions.items() if party.startswith(mine)), default=self._never)
+
+    @property
+    def _never(self) -> int:
+        return sum(event.WhichOneof("event") == "started" for event in self.run.events) + 1
 
 
 def _tell(event: ProtocolEvent) -> str:
@@ -228,7 +233,7 @@ def _tell(event: ProtocolEvent) -> str:
     what: Message | None = getattr(event, kind, None)
     shown = " ".join(str(what).split()) if what is not None else ""
     shown = shown if len(shown) < 160 else shown[:157] + "..."
-    return f"event {event.number} of {event.instance} ({kind} {shown}; it had read up to {event.known})"
+    return f"event {event.number} of {event.party} ({kind} {shown}; it had read up to {event.known})"
 
 
 def _configuration(longest: int) -> str:

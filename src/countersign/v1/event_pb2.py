@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ountersign/v1/event.proto\x12\x0e\x63ountersign.v1\"?\n\x0eProtocolEvents\x12-\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1d.countersign.v1.ProtocolEvent\"\xf7\x02\n\rProtocolEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\r\x12\r\n\x05known\x18\x04 \x01(\x04\x12*\n\x07started\x18\x05 \x01(\x0b\x32\x17.countersign.v1.StartedH\x00\x12*\n\x07sampled\x18\x06 \x01(\x0b\x32\x17.countersign.v1.SampledH\x00\x12\x33\n\x0creceipt_made\x18\x07 \x01(\x0b\x32\x1b.countersign.v1.ReceiptMadeH\x00\x12,\n\x08\x66ollowed\x18\x08 \x01(\x0b\x32\x18.countersign.v1.FollowedH\x00\x12.\n\tdelivered\x18\t \x01(\x0b\x32\x19.countersign.v1.DeliveredH\x00\x12-\n\x08\x66inished\x18\n \x01(\x0b\x32\x19.countersign.v1.DeliveredH\x00\x42\x07\n\x05\x65vent\"\x18\n\x07Started\x12\r\n\x05\x65poch\x18\x01 \x01(\r\"9\n\x07Sampled\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"W\n\x0bReceiptMade\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x16\n\x0ereceipt_sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x11\n\tcancelled\x18\x04 \x01(\x08\",\n\x08\x46ollowed\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\"@\n\tDelivered\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ountersign/v1/event.proto\x12\x0e\x63ountersign.v1\"?\n\x0eProtocolEvents\x12-\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1d.countersign.v1.ProtocolEvent\"\xf4\x02\n\rProtocolEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05party\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\r\x12\r\n\x05known\x18\x04 \x01(\x04\x12*\n\x07started\x18\x05 \x01(\x0b\x32\x17.countersign.v1.StartedH\x00\x12*\n\x07sampled\x18\x06 \x01(\x0b\x32\x17.countersign.v1.SampledH\x00\x12\x33\n\x0creceipt_made\x18\x07 \x01(\x0b\x32\x1b.countersign.v1.ReceiptMadeH\x00\x12,\n\x08\x66ollowed\x18\x08 \x01(\x0b\x32\x18.countersign.v1.FollowedH\x00\x12.\n\tdelivered\x18\t \x01(\x0b\x32\x19.countersign.v1.DeliveredH\x00\x12-\n\x08\x66inished\x18\n \x01(\x0b\x32\x19.countersign.v1.DeliveredH\x00\x42\x07\n\x05\x65vent\"\x18\n\x07Started\x12\r\n\x05\x65poch\x18\x01 \x01(\r\"9\n\x07Sampled\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"W\n\x0bReceiptMade\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x16\n\x0ereceipt_sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x11\n\tcancelled\x18\x04 \x01(\x08\"\x1c\n\x08\x46ollowed\x12\x10\n\x08position\x18\x01 \x01(\r\"0\n\tDelivered\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,15 +34,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROTOCOLEVENTS']._serialized_start=46
   _globals['_PROTOCOLEVENTS']._serialized_end=109
   _globals['_PROTOCOLEVENT']._serialized_start=112
-  _globals['_PROTOCOLEVENT']._serialized_end=487
-  _globals['_STARTED']._serialized_start=489
-  _globals['_STARTED']._serialized_end=513
-  _globals['_SAMPLED']._serialized_start=515
-  _globals['_SAMPLED']._serialized_end=572
-  _globals['_RECEIPTMADE']._serialized_start=574
-  _globals['_RECEIPTMADE']._serialized_end=661
-  _globals['_FOLLOWED']._serialized_start=663
-  _globals['_FOLLOWED']._serialized_end=707
-  _globals['_DELIVERED']._serialized_start=709
-  _globals['_DELIVERED']._serialized_end=773
+  _globals['_PROTOCOLEVENT']._serialized_end=484
+  _globals['_STARTED']._serialized_start=486
+  _globals['_STARTED']._serialized_end=510
+  _globals['_SAMPLED']._serialized_start=512
+  _globals['_SAMPLED']._serialized_end=569
+  _globals['_RECEIPTMADE']._serialized_start=571
+  _globals['_RECEIPTMADE']._serialized_end=658
+  _globals['_FOLLOWED']._serialized_start=660
+  _globals['_FOLLOWED']._serialized_end=688
+  _globals['_DELIVERED']._serialized_start=690
+  _globals['_DELIVERED']._serialized_end=738
 # @@protoc_insertion_point(module_scope)

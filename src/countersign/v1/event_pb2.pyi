@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ProtocolEvents(_message.Message):
-    """Several events of one process, in the order in which they happened."""
+    """Several events, in the order in which they happened."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -49,7 +49,7 @@ class ProtocolEvent(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    INSTANCE_FIELD_NUMBER: _builtins.int
+    PARTY_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     KNOWN_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
@@ -59,10 +59,12 @@ class ProtocolEvent(_message.Message):
     DELIVERED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    instance: _builtins.str
-    """Who says it, such as target-1f2e3d4c."""
+    party: _builtins.str
+    """Who says it: an instance, a dot, and the number of the piece of work there, such as target-1f2e3d4c.7. A target's is
+    one epoch of a request, a router's one client that it serves.
+    """
     number: _builtins.int
-    """Counts the instance's events about this request from 1, so that a lost one leaves a gap."""
+    """Counts the party's events from 1, so that a lost one leaves a gap."""
     known: _builtins.int
     """Stream sequence of the last record of the request's log that the party had read."""
     @_builtins.property
@@ -81,7 +83,7 @@ class ProtocolEvent(_message.Message):
         self,
         *,
         request_id: _builtins.str = ...,
-        instance: _builtins.str = ...,
+        party: _builtins.str = ...,
         number: _builtins.int = ...,
         known: _builtins.int = ...,
         started: Global___Started | None = ...,
@@ -93,7 +95,7 @@ class ProtocolEvent(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["delivered", b"delivered", "event", b"event", "finished", b"finished", "followed", b"followed", "receipt_made", b"receipt_made", "sampled", b"sampled", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delivered", b"delivered", "event", b"event", "finished", b"finished", "followed", b"followed", "instance", b"instance", "known", b"known", "number", b"number", "receipt_made", b"receipt_made", "request_id", b"request_id", "sampled", b"sampled", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delivered", b"delivered", "event", b"event", "finished", b"finished", "followed", b"followed", "known", b"known", "number", b"number", "party", b"party", "receipt_made", b"receipt_made", "request_id", b"request_id", "sampled", b"sampled", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "sampled", "receipt_made", "followed", "delivered", "finished"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
@@ -190,21 +192,17 @@ class Followed(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    STREAM_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
-    stream: _builtins.int
-    """Counts the router's clients of this request from 1."""
     position: _builtins.int
     """Number of output tokens that the client has."""
     def __init__(
         self,
         *,
-        stream: _builtins.int = ...,
         position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -216,10 +214,8 @@ class Delivered(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    STREAM_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    stream: _builtins.int
     position: _builtins.int
     """Position of the first token."""
     @_builtins.property
@@ -227,13 +223,12 @@ class Delivered(_message.Message):
     def __init__(
         self,
         *,
-        stream: _builtins.int = ...,
         position: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "stream", b"stream", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

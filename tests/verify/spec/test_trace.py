@@ -35,7 +35,7 @@ def renumbered(run: Run, events: Sequence[ProtocolEvent]) -> Run:
     for event in events:
         copy = ProtocolEvent()
         copy.CopyFrom(event)
-        copy.number = counts[event.instance] = counts.get(event.instance, 0) + 1
+        copy.number = counts[event.party] = counts.get(event.party, 0) + 1
         fresh.append(copy)
     return replace(run, events=tuple(fresh))
 
@@ -83,7 +83,7 @@ def illegal(make: Callable[[], runs.Recorder]) -> Iterator[Corruption]:
             "started": True,
             "sampled": tuple(event.sampled.token_ids) in committed,
             "receipt_made": event.receipt_made.receipt_sha256 in named,
-            "delivered": any(one.instance == event.instance for one in run.events[index + 1 :]),
+            "delivered": any(one.party == event.party for one in run.events[index + 1 :]),
         }
         if needed.get(kind):
             yield f"{kind} {index} dropped", renumbered(run, others)
@@ -94,7 +94,7 @@ def illegal(make: Callable[[], runs.Recorder]) -> Iterator[Corruption]:
         if change is not None and needed.get(kind, True):
             yield f"{kind} {index} altered", renumbered(run, [*run.events[:index], change, *run.events[index + 1 :]])
         after = next(
-            (place for place in range(index + 1, len(run.events)) if run.events[place].instance == event.instance), 0
+            (place for place in range(index + 1, len(run.events)) if run.events[place].party == event.party), 0
         )
         if after and depends(event, run.events[after]):
             swapped = list(run.events)
@@ -164,14 +164,14 @@ def test_the_step_that_is_named_is_the_one_that_was_touched() -> None:
     index = next(i for i, event in enumerate(it.events) if event.WhichOneof("event") == "delivered")
     it.events[index].delivered.token_ids[0] += 1
     verdict = replay(it.run)
-    assert verdict.first.startswith("nothing explains event 2 of router-x (delivered")
+    assert verdict.first.startswith("nothing explains event 2 of router-x.1 (delivered")
     assert "it had read up to 12" in verdict.first
 
 
 def test_a_lost_event_leaves_a_gap() -> None:
     it = runs.taken_over()
     del it.events[0]
-    assert replay(it.run).first == "event 1 of target-a is missing, or there twice"
+    assert replay(it.run).first == "event 1 of target-a.1 is missing, or there twice"
 
 
 def test_a_token_that_is_sent_before_it_is_committed_is_found() -> None:
@@ -179,10 +179,10 @@ def test_a_token_that_is_sent_before_it_is_committed_is_found() -> None:
     it.assign("target-a")
     it.extend(5, 6)
     early = it.log.sequence
-    it.say("target-a", Sampled(epoch=1, base=2, token_ids=[7]))
-    it.serve("router-x", 0, 2)
-    it.say("router-x", Delivered(stream=1, position=2, token_ids=[7]), early)
-    assert "nothing explains event 3 of router-x (delivered" in replay(it.run).first
+    it.say("target-a.1", Sampled(epoch=1, base=2, token_ids=[7]))
+    it.serve("router-x.1", 0, 2)
+    it.say("router-x.1", Delivered(position=2, token_ids=[7]), early)
+    assert "nothing explains event 3 of router-x.1 (delivered" in replay(it.run).first
 
 
 def test_an_empty_run_is_rejected() -> None:
