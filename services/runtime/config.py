@@ -25,6 +25,7 @@ __all__ = [
     "KvConfig",
     "NatsConfig",
     "RouterConfig",
+    "SidecarConfig",
     "TargetConfig",
     "TelemetryConfig",
     "TokenizerConfig",
@@ -153,6 +154,15 @@ class AuditorConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SidecarConfig:
+    """Checks the commit protocol while it runs."""
+
+    listen: Listen = _LOCAL
+    requests: Count = 4096  # whose runs it keeps in memory
+    record: Switch = False  # write every closed request's run below data_dir/runs
+
+
+@dataclass(frozen=True, slots=True)
 class TelemetryConfig:
     """Where traces go."""
 
@@ -172,6 +182,7 @@ class Config:
     target: TargetConfig = field(default_factory=TargetConfig)
     kv: KvConfig = field(default_factory=KvConfig)
     auditor: AuditorConfig = field(default_factory=AuditorConfig)
+    sidecar: SidecarConfig = field(default_factory=SidecarConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
 

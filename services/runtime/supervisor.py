@@ -53,7 +53,7 @@ NATS = "nats"
 ROUTER = "router"
 DRAFT = "draft"
 TARGET = "target"
-SERVICES = ("tokenizer", DRAFT, TARGET, "kv", "auditor", ROUTER)
+SERVICES = ("tokenizer", DRAFT, TARGET, "kv", "auditor", "sidecar", ROUTER)
 # Between a service's name and the number of its process.
 COPY = "-"
 

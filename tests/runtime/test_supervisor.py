@@ -227,7 +227,7 @@ async def test_a_start_cancelled_at_any_moment_leaves_nothing(tmp_path: Path, se
 
 def test_the_default_stack_is_the_six_services_of_this_package() -> None:
     default = Supervisor(Config())._commands
-    assert set(default) == {"tokenizer", "draft", "target", "kv", "auditor", "router"}
+    assert set(default) == {"tokenizer", "draft", "target", "kv", "auditor", "sidecar", "router"}
     assert default["kv"] == [sys.executable, "-P", "-m", "countersign.services.kv"]
 
 

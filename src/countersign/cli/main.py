@@ -43,7 +43,12 @@ COMMANDS = {
     "receipt": Lazy("countersign.cli.audit", ("show",), "Look into a receipt.", group=True),
     "up": Lazy("countersign.cli.up", ("up",), "Run the whole stack here until interrupted."),
     "bench": Lazy("countersign.cli.bench", ("bench",), "Measure; benchmarks of a checkout."),
-    "spec": Lazy("countersign.cli.spec", ("check",), "Model-check the protocols.", group=True),
+    "spec": Lazy(
+        "countersign.cli.spec",
+        ("check", "replay", "record", "status"),
+        "Model-check the protocols, and replay runs.",
+        group=True,
+    ),
     "demo": Lazy("countersign.cli.demo", ("demo",), "See all of it at work on real code, in a minute."),
 }
 

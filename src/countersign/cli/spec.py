@@ -1,21 +1,32 @@
-"""``countersign spec``: check the TLA+ specifications."""
+"""``countersign spec``: check the TLA+ specifications, and recorded runs against them."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from google.protobuf.message import Message
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from countersign.cli.generate import DEFAULT_DATA_DIR
+from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.call import M
 from countersign.services.runtime.errors import FailedPrecondition, translated
+from countersign.services.runtime.stack import read_stack
+from countersign.v1.sidecar_pb2 import GetRunRequest, GetRunResponse, StatusRequest, StatusResponse
 from countersign.verify.spec.check import Check, Result, checks, perform, summary
 from countersign.verify.spec.errors import SpecError
 from countersign.verify.spec.manifest import load, specifications
+from countersign.verify.spec.run import read_run
+from countersign.verify.spec.trace import Verdict
+from countersign.verify.spec.trace import replay as replayed
 
 KINDS = {
     "configuration": "models, and all their properties hold",
@@ -45,6 +56,62 @@ def check(
         _print(results, time.monotonic() - begin)
     if not all(result.ok for result in results):
         raise typer.Exit(1)
+
+
+def replay(
+    runs: Annotated[list[Path], typer.Argument(help="Recorded runs: files, or folders of them.", metavar="RUN")],
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a run.")] = False,
+) -> None:
+    """Have TLC explain recorded runs by the specification; name the first step that no behaviour explains."""
+    files = [file for run in runs for file in (sorted(run.glob("*.jsonl")) if run.is_dir() else [run])]
+    if not files:
+        raise FailedPrecondition("there is no run here", reason="NO_RUN", help="record some: --set sidecar.record=true")
+    rejected = 0
+    for file in files:
+        with translated(SpecError, FailedPrecondition, about=str(file), reason="SPEC"):
+            verdict = replayed(read_run(file))
+        rejected += not verdict.accepted
+        print(_told(file, verdict, json_), flush=True)
+    if rejected:
+        raise typer.Exit(1)
+
+
+def record(
+    request_id: Annotated[str, typer.Argument(help="A request of the running stack.", metavar="REQUEST")],
+    data_dir: Annotated[Path, typer.Option(help="Data folder of the stack.", metavar="FOLDER")] = DEFAULT_DATA_DIR,
+) -> None:
+    """Print a request's run as the sidecar has recorded it, for `spec replay`."""
+    request = GetRunRequest(request_id=request_id)
+    print(asyncio.run(_ask(data_dir, "GetRun", request, GetRunResponse)).run, end="")
+
+
+def status(
+    data_dir: Annotated[Path, typer.Option(help="Data folder of the stack.", metavar="FOLDER")] = DEFAULT_DATA_DIR,
+) -> None:
+    """What the sidecar of a running stack has seen, and what it found wrong: exit code 1 if anything."""
+    seen = asyncio.run(_ask(data_dir, "Status", StatusRequest(), StatusResponse))
+    for violation in seen.violations:
+        print(f"{violation.property} falls in request {violation.request_id}: {violation.what}; {violation.evidence}")
+    print(f"{seen.requests} requests, {seen.records} records, {seen.events} events, {seen.violation_count} violations")
+    if seen.violation_count:
+        raise typer.Exit(1)
+
+
+async def _ask(data_dir: Path, method: str, request: Message, reply: type[M]) -> M:
+    bus = await Bus.connect(read_stack(data_dir).nats, "countersign spec")
+    try:
+        return await bus.call("sidecar", method, request, reply, timeout=5.0)
+    finally:
+        await bus.close()
+
+
+def _told(file: Path, verdict: Verdict, as_json: bool) -> str:
+    if as_json:
+        fields = ("accepted", "explained", "total", "first")
+        return json.dumps({"run": str(file), **{name: getattr(verdict, name) for name in fields}})
+    if verdict.accepted:
+        return f"{file.name}: accepted, {verdict.total} steps"
+    return f"{file.name}: REJECTED after {verdict.explained} of {verdict.total} steps: {verdict.first}"
 
 
 def _watched(todo: list[Check]) -> list[Result]:

@@ -1,0 +1,58 @@
+"""All requests that are watched: a monitor and a recording each, the oldest forgotten first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from countersign.v1.event_pb2 import ProtocolEvent
+from countersign.verify.spec.monitor import Fault, Monitor
+from countersign.verify.spec.run import Record, Run
+
+MOST_FAULTS = 100
+
+
+@dataclass(slots=True)
+class Watched:
+    """One request. ``told``: what was found, each property once, for one bug shows in many steps."""
+
+    monitor: Monitor
+    records: list[Record] = field(default_factory=list)
+    events: list[ProtocolEvent] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
+    closed_at: float = 0.0
+    written: bool = False
+
+    @property
+    def run(self) -> Run:
+        return Run(self.monitor.log.request_id, tuple(self.records), tuple(self.events))
+
+    def news(self, faults: list[Fault]) -> list[Fault]:
+        """Those whose property was not told yet."""
+        fresh = {fault.property: fault for fault in faults if fault.property not in self.told}
+        self.told |= fresh.keys()
+        return list(fresh.values())
+
+
+class Watch:
+    """Requests by id. ``most``: how many are kept."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._requests: OrderedDict[str, Watched] = OrderedDict()
+        self.seen = 0
+
+    def find(self, request_id: str) -> Watched | None:
+        return self._requests.get(request_id)
+
+    def request(self, request_id: str) -> Watched:
+        """The request, watched from now on if it was not."""
+        if request_id not in self._requests:
+            self.seen += 1
+            self._requests[request_id] = Watched(Monitor(request_id))
+            if len(self._requests) > self._most:
+                self._requests.popitem(last=False)
+        return self._requests[request_id]
+
+    def all(self) -> list[Watched]:
+        return list(self._requests.values())

@@ -1,0 +1,201 @@
+"""Checks a request while it runs, by the same actions as ``tla/commit/Commit.tla``. Pure: no I/O, no clock.
+
+Give it the log's records, in their order, and the events of its parties, as they come. An event that says it has read
+further than the log has come here waits for the log; a record that no event explains waits for the event, since both
+travel by themselves: ``overdue`` says which have waited too long.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from countersign.services.protocol import errors
+from countersign.services.protocol.commit import LogState, decode
+from countersign.v1.commit_pb2 import Closed, Extended
+from countersign.v1.event_pb2 import Delivered, ProtocolEvent, ReceiptMade, Sampled
+from countersign.v1.sampling_pb2 import FINISH_REASON_CANCELLED
+
+PROPERTY_OF = {
+    errors.WrongBase: "ExactlyOnce",
+    errors.TooManyTokens: "ExactlyOnce",
+    errors.WrongEpoch: "Fenced",
+    errors.AfterCancelled: "ClosedIsFinal",
+    errors.AfterClosed: "ClosedIsFinal",
+    errors.WrongBill: "BilledIsCommitted",
+    errors.BrokenChain: "AppendOnly",
+}
+"""The property that falls with a record which may not stand where it stands; Lawful with any other."""
+
+_FIRST = frozenset({"started", "followed"})
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A step that no action explains: the property that falls, and what happened, for people."""
+
+    property: str
+    what: str
+
+
+@dataclass(slots=True)
+class _Session:
+    """A party that samples: the passes that are not in the log yet, and where the next begins."""
+
+    epoch: int
+    end: int
+    pending: deque[tuple[int, ...]] = field(default_factory=deque)
+
+
+@dataclass(slots=True)
+class _Unexplained:
+    since: float
+    fault: Fault
+    closed: Closed | None = None
+    extended: Extended | None = None
+
+
+class Monitor:
+    """One request. ``log`` is the state of its log; read on after its sequence where ``BrokenChain`` says so."""
+
+    def __init__(self, request_id: str) -> None:
+        self.log = LogState(request_id)
+        self._ends: list[tuple[int, int]] = [(0, 0)]  # (sequence, tokens up to it)
+        self._cancelled_at = 0
+        self._closed_at = 0
+        self._numbers: dict[str, int] = {}
+        self._sessions: dict[str, _Session] = {}
+        self._streams: dict[str, int] = {}
+        self._receipts: dict[bytes, ReceiptMade] = {}
+        self._early: dict[str, dict[int, ProtocolEvent]] = {}
+        self._unexplained: list[_Unexplained] = []
+
+    @property
+    def settled(self) -> bool:
+        """Nothing waits for anything."""
+        return not self._unexplained and not any(self._early.values())
+
+    def record(self, sequence: int, data: bytes, now: float) -> list[Fault]:
+        """The log's next record; one that is known is skipped.
+
+        Raises:
+            BrokenChain: records are missing before it, or it follows none: read the log, and tell ``broken`` if it does
+                not help.
+        """
+        if sequence <= self.log.sequence:
+            return []
+        try:
+            after = self.log.apply(sequence, data)
+        except errors.BrokenChain:
+            raise
+        except errors.LogError as error:
+            return [Fault(PROPERTY_OF.get(type(error), "Lawful"), f"record {sequence} may not stand there: {error}")]
+        payload = decode(data)[1]
+        self.log = after
+        self._ends.append((sequence, len(after.tokens)))
+        match payload:
+            case Extended():
+                fault = Fault("OnlyVerified", f"record {sequence} commits tokens that no target said it had sampled")
+                self._unexplained.append(_Unexplained(now, fault, extended=payload))
+            case Closed():
+                self._closed_at = sequence
+                if payload.receipt_sha256:
+                    fault = Fault("OneReceipt", f"record {sequence} names a receipt that was not made over this log")
+                    self._unexplained.append(_Unexplained(now, fault, closed=payload))
+        if after.cancelled is not None and not self._cancelled_at:
+            self._cancelled_at = sequence
+        return self._look_again()
+
+    def broken(self, error: errors.BrokenChain) -> Fault:
+        """The log itself, read anew, does not hang together."""
+        return Fault(PROPERTY_OF[type(error)], str(error))
+
+    def event(self, event: ProtocolEvent) -> list[Fault]:
+        """What a party says."""
+        self._early.setdefault(event.party, {})[event.number] = event
+        return self._look_again()
+
+    def overdue(self, now: float, patience: float) -> list[Fault]:
+        """What still waits after so many seconds. Each is told once."""
+        late = [one for one in self._unexplained if now - one.since > patience]
+        self._unexplained = [one for one in self._unexplained if now - one.since <= patience]
+        return [one.fault for one in late]
+
+    def _look_again(self) -> list[Fault]:
+        faults = [fault for event in self._ready() for fault in self._take(event)]
+        self._unexplained = [one for one in self._unexplained if not self._explained(one)]
+        return faults
+
+    def _ready(self) -> Iterator[ProtocolEvent]:
+        """Events whose turn it is: their party's next, and of a log that has come this far."""
+        for party, waiting in self._early.items():
+            while (event := waiting.get(self._numbers.get(party, 0) + 1)) and event.known <= self.log.sequence:
+                del waiting[event.number]
+                self._numbers[party] = event.number
+                yield event
+
+    def _take(self, event: ProtocolEvent) -> Iterator[Fault]:
+        kind = event.WhichOneof("event")
+        if (kind in _FIRST) != (event.number == 1):
+            yield Fault("Lawful", f"{event.party} says {kind} as its event {event.number}")
+            return
+        match kind:
+            case "started":
+                self._sessions[event.party] = _Session(event.started.epoch, self._tokens(event.known))
+            case "sampled":
+                yield from self._sampled(event, event.sampled)
+            case "receipt_made":
+                yield from self._made(event, event.receipt_made)
+            case "followed":
+                self._streams[event.party] = event.followed.position
+                if event.followed.position > self._tokens(event.known):
+                    yield Fault("Agreement", f"{event.party} serves from a position that is not committed")
+            case "delivered":
+                yield from self._delivered(event, event.delivered)
+            case "finished":
+                if not 0 < self._closed_at <= event.known or self._streams[event.party] != len(self.log.tokens):
+                    yield Fault("Agreement", f"{event.party} told its client that it has all, and it has not")
+
+    def _sampled(self, event: ProtocolEvent, sampled: Sampled) -> Iterator[Fault]:
+        session = self._sessions[event.party]
+        if sampled.base != session.end or sampled.epoch != session.epoch:
+            yield Fault("OnlyVerified", f"{event.party} sampled at {sampled.base} and not at {session.end}")
+        elif 0 < self._closed_at <= event.known or 0 < self._cancelled_at <= event.known:
+            yield Fault("ClosedIsFinal", f"{event.party} sampled though it knew that the request had ended")
+        session.end = sampled.base + len(sampled.token_ids)
+        session.pending.append(tuple(sampled.token_ids))
+
+    def _made(self, event: ProtocolEvent, made: ReceiptMade) -> Iterator[Fault]:
+        self._receipts[made.receipt_sha256] = made
+        if made.tokens != self._tokens(event.known):
+            yield Fault("OneReceipt", f"{event.party} made a receipt over {made.tokens} tokens, not over the log")
+
+    def _delivered(self, event: ProtocolEvent, sent: Delivered) -> Iterator[Fault]:
+        end = sent.position + len(sent.token_ids)
+        if sent.position != self._streams[event.party]:
+            what = f"sent tokens from {sent.position} on to a client that has {self._streams[event.party]}"
+            yield Fault("Agreement", f"{event.party} {what}")
+        elif end > self._tokens(event.known) or self.log.token_ids[sent.position : end] != tuple(sent.token_ids):
+            yield Fault("Agreement", f"{event.party} sent tokens {sent.position} to {end} that are not committed so")
+        self._streams[event.party] = end
+
+    def _explained(self, one: _Unexplained) -> bool:
+        """Whether by now an event goes with the record."""
+        if one.extended is not None:
+            wanted = tuple(one.extended.token_ids)
+            for session in self._sessions.values():
+                if session.epoch == one.extended.epoch and session.pending and session.pending[0] == wanted:
+                    session.pending.popleft()
+                    return True
+            return False
+        if one.closed is None:
+            return True
+        made = self._receipts.get(one.closed.receipt_sha256)
+        cancelled = one.closed.reason == FINISH_REASON_CANCELLED
+        return made is not None and made.tokens == len(self.log.tokens) and made.cancelled == cancelled
+
+    def _tokens(self, known: int) -> int:
+        """How many tokens the log held up to that sequence."""
+        return self._ends[bisect_right(self._ends, (known, 1 << 62)) - 1][1]
