@@ -47,6 +47,7 @@ class _Session:
     epoch: int
     end: int
     pending: deque[tuple[int, ...]] = field(default_factory=deque)
+    receipts: set[bool] = field(default_factory=set)  # cancelled or not
 
 
 @dataclass(slots=True)
@@ -66,6 +67,7 @@ class Monitor:
         self._cancelled_at = 0
         self._closed_at = 0
         self._numbers: dict[str, int] = {}
+        self._known: dict[str, int] = {}
         self._sessions: dict[str, _Session] = {}
         self._streams: dict[str, int] = {}
         self._receipts: dict[bytes, ReceiptMade] = {}
@@ -138,9 +140,14 @@ class Monitor:
 
     def _take(self, event: ProtocolEvent) -> Iterator[Fault]:
         kind = event.WhichOneof("event")
-        if (kind in _FIRST) != (event.number == 1):
-            yield Fault("Lawful", f"{event.party} says {kind} as its event {event.number}")
+        before = self._known.get(event.party, 0)
+        if (kind in _FIRST) != (event.number == 1) or event.known < before:
+            # What it says from here on cannot be understood.
+            self._numbers[event.party] = 0
+            self._early[event.party].clear()
+            yield Fault("Lawful", f"{event.party} says {kind} as its event {event.number}, having read {before}")
             return
+        self._known[event.party] = event.known
         match kind:
             case "started":
                 self._sessions[event.party] = _Session(event.started.epoch, self._tokens(event.known))
@@ -155,7 +162,8 @@ class Monitor:
             case "delivered":
                 yield from self._delivered(event, event.delivered)
             case "finished":
-                if not 0 < self._closed_at <= event.known or self._streams[event.party] != len(self.log.tokens):
+                has = {self._streams[event.party], event.finished.position}
+                if not 0 < self._closed_at <= event.known or has != {len(self.log.tokens)}:
                     yield Fault("Agreement", f"{event.party} told its client that it has all, and it has not")
 
     def _sampled(self, event: ProtocolEvent, sampled: Sampled) -> Iterator[Fault]:
@@ -171,6 +179,10 @@ class Monitor:
         self._receipts[made.receipt_sha256] = made
         if made.tokens != self._tokens(event.known):
             yield Fault("OneReceipt", f"{event.party} made a receipt over {made.tokens} tokens, not over the log")
+        session = self._sessions[event.party]
+        if made.cancelled in session.receipts:
+            yield Fault("OneReceipt", f"{event.party} made a receipt twice")
+        session.receipts.add(made.cancelled)
 
     def _delivered(self, event: ProtocolEvent, sent: Delivered) -> Iterator[Fault]:
         end = sent.position + len(sent.token_ids)

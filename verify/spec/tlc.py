@@ -97,7 +97,15 @@ def check(
         if simulate is not None:
             behaviours, length, seed = simulate
             options += ["-simulate", f"num={behaviours}", "-depth", str(length), "-seed", str(seed)]
-        java = ["-XX:+UseParallelGC", f"-Xmx{heap_mb}m", f"-Djava.io.tmpdir={folder}", "-cp", str(jar()), "tlc2.TLC"]
+        java = [
+            "-XX:+UseParallelGC",
+            "-Xss64m",
+            f"-Xmx{heap_mb}m",
+            f"-Djava.io.tmpdir={folder}",
+            "-cp",
+            str(jar()),
+            "tlc2.TLC",
+        ]
         begin = time.monotonic()
         lines, code = _run([str(runtime()), *java, *options, module.stem], folder, timeout, progress)
     outcome = parse(lines, code, time.monotonic() - begin)
