@@ -75,7 +75,7 @@ class RouterService:
         self._receipts = Receipts(context.journal)
         self._text = Text(context.bus)
         self._placer = Placer(context)
-        announcer = Announcer(context.bus, context.instance)
+        announcer = Announcer(context.bus if context.config.sidecar.enabled else None, context.instance)
         self._follower = Follower(self._text, context.journal, self._placer, self._receipts, wall_ms, announcer)
         self._active = 0
         self._background = Background()

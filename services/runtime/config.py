@@ -158,6 +158,7 @@ class SidecarConfig:
     """Checks the commit protocol while it runs."""
 
     listen: Listen = _LOCAL
+    enabled: Switch = True  # false: it is not started, and nobody announces anything
     requests: Count = 4096  # whose runs it keeps in memory
     record: Switch = False  # write every closed request's run below data_dir/runs
 

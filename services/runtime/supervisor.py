@@ -52,8 +52,9 @@ __all__ = [
 NATS = "nats"
 ROUTER = "router"
 DRAFT = "draft"
+SIDECAR = "sidecar"
 TARGET = "target"
-SERVICES = ("tokenizer", DRAFT, TARGET, "kv", "auditor", "sidecar", ROUTER)
+SERVICES = ("tokenizer", DRAFT, TARGET, "kv", "auditor", SIDECAR, ROUTER)
 # Between a service's name and the number of its process.
 COPY = "-"
 
@@ -93,7 +94,7 @@ class Supervisor:
     Args:
         config: with ``nats.url`` set, that server is used and none is started.
         services: names of this package's services, or names with their commands; each command gets ``--config FILE``.
-            The draft is left out where ``config.draft.enabled`` is false.
+            Draft and sidecar are left out where ``config.draft.enabled`` or ``config.sidecar.enabled`` is false.
         on_event: called in the event loop with each `Event`.
         limits: of restarts.
         patience: with starts and stops.
@@ -111,7 +112,8 @@ class Supervisor:
         self._config = config
         self._data_dir = config.data_dir.absolute()
         commands = services if isinstance(services, Mapping) else {name: service_command(name) for name in services}
-        self._commands = {name: list(c) for name, c in commands.items() if name != DRAFT or config.draft.enabled}
+        off = {name for name, on in ((DRAFT, config.draft.enabled), (SIDECAR, config.sidecar.enabled)) if not on}
+        self._commands = {name: list(command) for name, command in commands.items() if name not in off}
         self._commands |= _more_targets(self._commands, config.target.processes)
         self._on_event = on_event
         self._policy = RestartPolicy(limits)

@@ -8,6 +8,7 @@ reads from the stream. What no action of the specification explains is logged as
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from pathlib import Path
@@ -39,6 +40,7 @@ PATIENCE_S = 0.5
 LOOK_S = 0.1
 # After a close its clients still get their last tokens.
 LINGER_S = 1.0
+NICENESS = 10
 
 
 class SidecarService:
@@ -191,5 +193,6 @@ class SidecarService:
 
 
 async def create(context: Context) -> SidecarService:
-    """It needs nothing but the bus and a folder."""
+    """It needs nothing but the bus and a folder, and stands back for those whose work it watches."""
+    os.nice(NICENESS)
     return SidecarService(context, context.config.data_dir)

@@ -225,7 +225,7 @@ async def create(context: Context) -> TargetService:
     if config.kv_store:
         prefixes = Prefixes(context.bus, context.instance, time.monotonic, context.log)
     drafts = Drafts(context.bus, context.config.draft, model.config.vocabulary_size, time.monotonic, context.log)
-    announcer = Announcer(context.bus, context.instance)
+    announcer = Announcer(context.bus if context.config.sidecar.enabled else None, context.instance)
     loop = TargetLoop(engine, drafts, prefixes, keys, wall_ms=wall_ms, log=context.log, announcer=announcer)
     committer = Committer(context.journal, ReceiptMaker(key, info, build), wall_ms, loop.wake, context.log, announcer)
     return TargetService(

@@ -87,6 +87,7 @@ Stored(r, record) ==
   /\ UNCHANGED <<wk, receipts, rd, ch, cl>>
 
 Store(m) == m \in net /\ MayStore(m) /\ Stored(m.r, m.rec)
+Stores == \E m \in net : Store(m)
 
 -------------------------------------------------------------------------------
 \* Routers. Any number of them: each reads the log, decides, appends, and reads again when that was refused.
@@ -153,6 +154,8 @@ Extend(r, s, toks) ==
   /\ w.st = "up" /\ ~w.fin /\ Len(w.pend) < MaxPending
   /\ Becomes(r, s, [w EXCEPT !.pend = Append(@, pass), !.fl = "pass", !.fin = Len(b) + Len(toks) = MaxLen])
   /\ UNCHANGED receipts
+
+Extends(r, s) == \E toks \in Passes(MaxLen - Len(Believed(wk[r][s]))) : Extend(r, s, toks)
 
 \* A stop string, the end token, the deadline.
 Finish(r, s) ==
@@ -262,11 +265,11 @@ RouterNext(r) == Open(r) \/ Assign(r, "target") \/ Assign(r, "router") \/ Cancel
 TargetNext(r, s) ==
   \/ Start(r, s) \/ Finish(r, s) \/ Acked(r, s) \/ Overtaken(r, s) \/ MakeReceipt(r, s) \/ Close(r, s)
   \/ GiveUp(r, s) \/ Crash(r, s)
-  \/ \E toks \in Passes(MaxLen - Len(Believed(wk[r][s]))) : Extend(r, s, toks)
+  \/ Extends(r, s)
 ClientNext(r) == Deliver(r) \/ Receive(r) \/ Resume(r)
 
 Next ==
-  \/ \E m \in net : Store(m)
+  \/ Stores
   \/ \E r \in Req : RouterNext(r) \/ ClientNext(r) \/ \E s \in Session : TargetNext(r, s)
 
 Spec == Init /\ [][Next]_vars
@@ -274,12 +277,11 @@ Spec == Init /\ [][Next]_vars
 \* A router looks after a request that no session works on. Where the last target lives (see MayCrash) every request ends.
 Abandoned(r) == LET e == Epoch(log[r]) IN IF e = 0 THEN TRUE ELSE wk[r][e].st = "gone"
 Rescue(r) == Abandoned(r) /\ Assign(r, "target")
-SomeExtend(r, s) == \E toks \in Passes(MaxLen - Len(Believed(wk[r][s]))) : Extend(r, s, toks)
 Fair == \A r \in Req :
   /\ WF_vars(\E m \in net : m.r = r /\ Store(m))
   /\ WF_vars(Open(r)) /\ WF_vars(Rescue(r)) /\ WF_vars(CloseOrphan(r))
   /\ \A s \in Session :
-       /\ WF_vars(Start(r, s)) /\ WF_vars(SomeExtend(r, s)) /\ WF_vars(Acked(r, s)) /\ WF_vars(Overtaken(r, s))
+       /\ WF_vars(Start(r, s)) /\ WF_vars(Extends(r, s)) /\ WF_vars(Acked(r, s)) /\ WF_vars(Overtaken(r, s))
        /\ WF_vars(MakeReceipt(r, s)) /\ WF_vars(Close(r, s))
 FairClients == \A r \in Req : WF_vars(Deliver(r)) /\ WF_vars(Receive(r))
 LiveSpec == Spec /\ Fair /\ FairClients

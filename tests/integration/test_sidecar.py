@@ -1,0 +1,105 @@
+"""The sidecar beside a real stack: silent where all is right, and soon aware of a bug that was planted in a service."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from countersign.client import Answer, Client
+from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.config import load
+from countersign.services.runtime.errors import DataLoss, NotFound
+from countersign.services.runtime.supervisor import SERVICES, Supervisor, service_command
+from countersign.v1.sidecar_pb2 import GetRunRequest, GetRunResponse, StatusRequest, StatusResponse, Violation
+from countersign.verify.spec.run import read_run
+from countersign.verify.spec.trace import replay
+
+PLANTED = Path(__file__).resolve().parents[1] / "support" / "planted.py"
+COMMAND = str(Path(sys.executable).parent / "countersign")
+
+
+@asynccontextmanager
+async def stack(folder: Path, *settings: str, planted: tuple[str, str] | None = None) -> AsyncIterator[Supervisor]:
+    config = load(None, os.environ, [f"data_dir={folder}", "router.listen=127.0.0.1:0", *settings])
+    services = {name: service_command(name) for name in SERVICES}
+    if planted is not None:
+        services[planted[0]] = [sys.executable, str(PLANTED), *planted]
+    async with Supervisor(config, services=services) as running:
+        yield running
+
+
+async def answer(running: Supervisor, request_id: str) -> Answer:
+    async with Client(running.router_address) as client:
+        return await client.complete("def f(", max_tokens=24, ignore_eos=True, seed=1, request_id=request_id)
+
+
+async def command(*arguments: str) -> tuple[int, str]:
+    """What ``countersign`` says."""
+    process = await asyncio.create_subprocess_exec(COMMAND, *arguments, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    return process.returncode or 0, out.decode()
+
+
+async def violations(running: Supervisor, bus: Bus) -> StatusResponse:
+    return await bus.call("sidecar", "Status", StatusRequest(), StatusResponse, timeout=5)
+
+
+async def test_a_sound_stack_is_watched_in_silence_and_its_runs_are_accepted(tmp_path: Path) -> None:
+    async with stack(tmp_path / "data", "sidecar.record=true") as running:
+        await asyncio.gather(*(answer(running, f"sound-{number}") for number in range(4)))
+        bus = await Bus.connect(running.nats_url, "test")
+        file = tmp_path / "data" / "runs" / "sound-3.jsonl"
+        async with asyncio.timeout(20):
+            while not all(file.with_name(f"sound-{number}.jsonl").exists() for number in range(4)):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        seen = await violations(running, bus)
+        assert (seen.requests, seen.violation_count) == (4, 0)
+        # A record and an event of each pass at least, and what the clients got.
+        assert seen.records >= 4 * 4
+        assert seen.events >= 4 * 6
+        code, told = await command("spec", "status", "--data-dir", str(running.data_dir))
+        assert (code, told.endswith(" 0 violations\n")) == (0, True), told
+        with pytest.raises(NotFound):
+            await bus.call("sidecar", "GetRun", GetRunRequest(request_id="nobody"), GetRunResponse, timeout=5)
+        given = await bus.call("sidecar", "GetRun", GetRunRequest(request_id="sound-3"), GetRunResponse, timeout=5)
+        await bus.close()
+    assert given.run == file.read_text()
+    code, told = await command("spec", "replay", str(file.parent))
+    assert (code, told.count(": accepted, ")) == (0, 4), told
+
+
+@pytest.mark.parametrize(
+    ("service", "bug", "property_"),
+    [("target", "commits_another_token", "OnlyVerified"), ("router", "skips_a_token", "Agreement")],
+)
+async def test_a_bug_that_was_planted_is_reported_with_evidence_that_the_specification_rejects(
+    tmp_path: Path, service: str, bug: str, property_: str
+) -> None:
+    async with stack(tmp_path / "data", planted=(service, bug)) as running:
+        bus = await Bus.connect(running.nats_url, "test")
+        reports: asyncio.Queue[Violation] = asyncio.Queue()
+
+        async def told(msg: object) -> None:
+            reports.put_nowait(Violation.FromString(msg.data))  # type: ignore[attr-defined]  # a message of NATS
+
+        await bus.subscribe("cs.v1.event.violation", told)
+        with suppress(DataLoss):  # the client misses a token by itself
+            await answer(running, "planted")
+        async with asyncio.timeout(20):
+            report = await reports.get()
+        assert (report.request_id, report.property) == ("planted", property_)
+        given = await bus.call("sidecar", "GetRun", GetRunRequest(request_id="planted"), GetRunResponse, timeout=5)
+        assert (await violations(running, bus)).violation_count == 1
+        await bus.close()
+    assert read_run(Path(report.evidence)).request_id == "planted"
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text(given.run)
+    verdict = replay(read_run(whole))
+    assert not verdict.accepted
+    assert "nothing explains" in verdict.first
