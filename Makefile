@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo up test test-long lint types protos bench clean
+.PHONY: help demo up test test-long spec lint types protos bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,6 +26,9 @@ test: $(STAMP) lint types ## all checks and all tests that need no GPU
 
 test-long: $(STAMP) ## the slow forms of the tests
 	@$(BIN)/python -m pytest -q -m long $(PYTEST_ARGS)
+
+spec: $(STAMP) ## model-check the protocols in full: half an hour
+	@$(BIN)/countersign spec check
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
