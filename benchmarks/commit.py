@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from countersign.cli.bench import Row
 from countersign.cli.prompts import heldout_prompts
-from countersign.client import Client
+from countersign.client import Client, Tokens
 from countersign.services.engine.engine import Engine, Generation
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import load_model
@@ -51,6 +51,7 @@ from countersign.v1.sidecar_pb2 import Violation
 
 PLANTED = Path(__file__).resolve().parents[1] / "tests" / "support" / "planted.py"
 TURNS = 6
+PROMPT = "class Stack:\n    def push(self, item):\n"
 
 
 class Store(LogStore, Protocol):
@@ -102,6 +103,7 @@ async def run(quick: bool) -> list[Row]:
             rows += await _rounds(config, journal, 1 if quick else 4)
             rows += await _appends(journal, 100 if quick else 500, 10 if quick else 40)
     rows += await _watching(16 if quick else 96)
+    rows += await _ends(4 if quick else 40)
     rows += await _planted(1 if quick else 5)
     return rows
 
@@ -249,6 +251,36 @@ async def _speed(router: str, prompts: Sequence[str], requests: int) -> float:
         begin = time.perf_counter()
         tokens = sum(await asyncio.gather(*(one(client, number) for number in range(requests))))
         return tokens / (time.perf_counter() - begin)
+
+
+async def _ends(count: int) -> list[Row]:
+    """From a cancel, or a deadline, until the request is closed and its client told."""
+    cancels, deadlines = list[float](), list[float]()
+    with tempfile.TemporaryDirectory() as folder:
+        config = load(None, os.environ, [f"data_dir={folder}", "router.listen=127.0.0.1:0"])
+        async with Supervisor(config) as stack, Client(stack.router_address) as client:
+            for number in range(count):
+                cancels.append(await _cancelled(client, f"cancel-{number}"))
+                begin = time.monotonic()
+                async for _ in client.generate(PROMPT, max_tokens=1900, ignore_eos=True, timeout=0.5):
+                    pass
+                deadlines.append(time.monotonic() - begin - 0.5)
+    rows = []
+    for what, times in (("a cancel", cancels), ("a deadline", deadlines)):
+        worst = max(times)
+        name = f"from {what} until all have ended, worst"
+        rows.append(Row("commit", "an answer in the middle", name, worst, "s", count, "<= 0.2", worst <= 0.2))
+    return rows
+
+
+async def _cancelled(client: Client, request_id: str) -> float:
+    begin = 0.0
+    async for event in client.generate(PROMPT, max_tokens=1900, ignore_eos=True, request_id=request_id):
+        if isinstance(event, Tokens) and not begin:
+            begin = time.monotonic()
+            cancel = asyncio.create_task(client.cancel(request_id))
+    await cancel
+    return time.monotonic() - begin
 
 
 async def _planted(count: int) -> list[Row]:

@@ -19,7 +19,7 @@ class Client:
     position: int
     introduced: bool = False
 
-    async def gets(self, log: LogState, event: StreamEvent) -> None:
+    def gets(self, log: LogState, event: StreamEvent) -> None:
         """Called before ``event`` is sent, with the log as far as it is read."""
         if self.position > len(log.tokens) and not self.introduced:
             return  # it says that it has more than there is
@@ -34,4 +34,4 @@ class Client:
             self.position = event.tokens.position + len(token_ids)
         elif event.HasField("finished"):
             what.append(self.party.says(log.sequence, finished=Delivered(position=self.position)))
-        await self.announcer.announce(*what)
+        self.announcer.soon(*what)

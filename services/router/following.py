@@ -60,7 +60,7 @@ class Follower:
                     yield StreamEvent(accepted=_accepted(reader.log))
                 for event in events:
                     async for out in self._told(reader.log, answer, event):
-                        await client.gets(reader.log, out)
+                        client.gets(reader.log, out)
                         yield out
                     if isinstance(event, Ended):
                         return

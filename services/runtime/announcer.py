@@ -1,21 +1,25 @@
 """Tells who watches what the parties of the commit protocol do: ``event.proto``, on ``cs.v1.event.commit``.
 
-An event is written to the connection before what it announces, so that who sees the one has been sent the other, even
-if this process is killed in between. Events that a broken connection keeps back go out, in order, with the next ones.
+What `Announcer.announce` is given is on the connection before what it announces, so that who sees the one has been sent
+the other, even if this process is killed in between. What nobody's step rests on may wait for more of its kind: `soon`.
+Events that a broken connection keeps back go out, in order, with the next ones.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 from typing import Any, Protocol
 
+from countersign.services.runtime.background import Background
 from countersign.services.runtime.errors import CountersignError
 from countersign.v1.event_pb2 import ProtocolEvent, ProtocolEvents
 
 EVENTS = "cs.v1.event.commit"
 _MOST_WAITING = 10_000
 _MOST_AT_ONCE = 500
+_SOON_S = 0.02
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +50,9 @@ class Announcer:
         self._bus, self._instance = bus, instance
         self._parties = itertools.count(1)
         self._waiting: list[ProtocolEvent] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._sending = asyncio.Lock()
+        self._background = Background()
 
     def party(self, request_id: str) -> Party:
         """A new one."""
@@ -57,12 +64,29 @@ class Announcer:
             return
         self._waiting += events
         try:
-            while self._waiting:
-                part = self._waiting[:_MOST_AT_ONCE]
-                await self._bus.publish(EVENTS, ProtocolEvents(events=part).SerializeToString(), {})
-                del self._waiting[: len(part)]
+            async with self._sending:
+                while self._waiting:
+                    part = self._waiting[:_MOST_AT_ONCE]
+                    await self._bus.publish(EVENTS, ProtocolEvents(events=part).SerializeToString(), {})
+                    del self._waiting[: len(part)]
         except CountersignError as error:
             _log.debug("events wait for the bus", extra={"waiting": len(self._waiting), "reason": error.reason})
+        self._bound()
+
+    def soon(self, *events: ProtocolEvent) -> None:
+        """Say it within some milliseconds, together with others."""
+        if self._bus is None:
+            return
+        self._waiting += events
+        self._bound()
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_SOON_S, self._now)
+
+    def _now(self) -> None:
+        self._timer = None
+        self._background.spawn(self.announce())
+
+    def _bound(self) -> None:
         if excess := max(0, len(self._waiting) - _MOST_WAITING):
             del self._waiting[:excess]
             self.lost += excess
