@@ -43,8 +43,8 @@ Upto(s, n) == SubSeq(s, 1, n)
 IsPrefix(s, t) == Len(s) <= Len(t) /\ s = Upto(t, Len(s))
 Min(a, b) == IF a < b THEN a ELSE b
 
-RECURSIVE Joined(_)
-Joined(parts) == IF parts = <<>> THEN <<>> ELSE Head(parts).toks \o Joined(Tail(parts))
+Joined(parts) ==
+  LET upto[i \in 0..Len(parts)] == IF i = 0 THEN <<>> ELSE upto[i - 1] \o parts[i].toks IN upto[Len(parts)]
 
 IsExtended(record) == record.k = "Extended"
 IsAssigned(record) == record.k = "Assigned"
@@ -319,33 +319,39 @@ TypeOK ==
 Agreement == \A r \in Req : IsPrefix(cl[r] \o ch[r], Tokens(log[r]))
 
 \* Each position is committed once, in order: the Extended records tile the output.
-ExactlyOnce == \A r \in Req : \A i \in 1..Len(log[r]) :
+ExactlyOnceAt(r, i) ==
   IsExtended(log[r][i]) => log[r][i].base = Len(Tokens(Upto(log[r], i - 1)))
+ExactlyOnce == \A r \in Req : \A i \in 1..Len(log[r]) : ExactlyOnceAt(r, i)
 
 \* Epochs go up one by one, and only the last assigned extends.
-Fenced == \A r \in Req : \A i \in 1..Len(log[r]) :
+FencedAt(r, i) ==
   LET before == Epoch(Upto(log[r], i - 1)) IN
   /\ IsAssigned(log[r][i]) => log[r][i].e = before + 1
   /\ IsExtended(log[r][i]) => log[r][i].e = before
+Fenced == \A r \in Req : \A i \in 1..Len(log[r]) : FencedAt(r, i)
 
 \* Every committed token was sampled by a target behind the very tokens that stand before it.
-OnlyVerified == \A r \in Req : \A i \in 1..Len(log[r]) :
+OnlyVerifiedAt(r, i) ==
   IsExtended(log[r][i]) => log[r][i].pfx = Tokens(Upto(log[r], i - 1))
+OnlyVerified == \A r \in Req : \A i \in 1..Len(log[r]) : OnlyVerifiedAt(r, i)
 
 \* No token after Cancelled, nothing after Closed.
-ClosedIsFinal == \A r \in Req : \A i \in 1..Len(log[r]) : \A j \in i + 1..Len(log[r]) :
-  /\ log[r][i].k # "Closed"
-  /\ log[r][i].k = "Cancelled" => log[r][j].k = "Closed"
+ClosedIsFinalAt(r, i) == \A j \in 1..i - 1 :
+  /\ log[r][j].k # "Closed"
+  /\ log[r][j].k = "Cancelled" => log[r][i].k = "Closed"
+ClosedIsFinal == \A r \in Req : \A i \in 1..Len(log[r]) : ClosedIsFinalAt(r, i)
 
 \* The receipt that the log names is over the log as it stands, and can be read.
-OneReceipt == \A r \in Req : \A i \in 1..Len(log[r]) :
+OneReceiptAt(r, i) ==
   LET x == log[r][i] IN
   x.k = "Closed" /\ x.receipt.made =>
     /\ x.receipt.toks = Tokens(Upto(log[r], i)) /\ x.receipt.cancelled = x.cancelled
     /\ x.receipt \in receipts[r]
+OneReceipt == \A r \in Req : \A i \in 1..Len(log[r]) : OneReceiptAt(r, i)
 
-BilledIsCommitted == \A r \in Req : \A i \in 1..Len(log[r]) :
+BilledIsCommittedAt(r, i) ==
   log[r][i].k = "Closed" => log[r][i].bill = Len(Tokens(Upto(log[r], i)))
+BilledIsCommitted == \A r \in Req : \A i \in 1..Len(log[r]) : BilledIsCommittedAt(r, i)
 
 \* What the stream has stored stays.
 AppendOnly == [][\A r \in Req : IsPrefix(log[r], log'[r])]_vars

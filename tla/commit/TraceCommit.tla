@@ -103,5 +103,13 @@ TraceSpec == TraceInit /\ [][TraceNext]_<<vars, at>>
 \* A constraint, since it is then looked at in states that were reached, and not in those that were tried.
 Progress == IF at - 1 > TLCGet(1) THEN TLCSet(1, at - 1) /\ PrintT(<<"explained", at - 1>>) ELSE TRUE
 
+\* Each record was looked at when it was the last; so each is looked at once.
+NewExactlyOnce == L # <<>> => ExactlyOnceAt(R, Len(L))
+NewFenced == L # <<>> => FencedAt(R, Len(L))
+NewOnlyVerified == L # <<>> => OnlyVerifiedAt(R, Len(L))
+NewClosedIsFinal == L # <<>> => ClosedIsFinalAt(R, Len(L))
+NewOneReceipt == L # <<>> => OneReceiptAt(R, Len(L))
+NewBilledIsCommitted == L # <<>> => BilledIsCommittedAt(R, Len(L))
+
 TraceSessions == 1..Len(SessionEpoch)
 ===============================================================================

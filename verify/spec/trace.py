@@ -26,13 +26,12 @@ from countersign.verify.spec.values import Value, write
 
 PROPERTIES = (
     "Agreement",
-    "ExactlyOnce",
-    "Fenced",
-    "OnlyVerified",
-    "ClosedIsFinal",
-    "OneReceipt",
-    "BilledIsCommitted",
-    "Lawful",
+    "NewExactlyOnce",
+    "NewFenced",
+    "NewOnlyVerified",
+    "NewClosedIsFinal",
+    "NewOneReceipt",
+    "NewBilledIsCommitted",
 )
 _ROUTER = "router-"
 _FOR_CLIENTS = frozenset({"followed", "delivered", "finished"})
@@ -82,10 +81,14 @@ def replay(run: Run, *, seconds: float = 300) -> Verdict:
     outcome = tlc.check(module, _configuration(longest), beside=[("TraceData.tla", data)], timeout=seconds)
     explained = max((int(line.strip("<>").split(",")[1]) for line in outcome.printed if "explained" in line), default=0)
     if outcome.code != tlc.PASSED:
-        return Verdict(False, explained, len(trace), f"{trace[explained - 1].told} breaks {outcome.violated}")
+        return Verdict(False, explained, len(trace), f"{trace[explained - 1].told} breaks {_property(outcome)}")
     if explained < len(trace):
         return Verdict(False, explained, len(trace), f"nothing explains {trace[explained].told}")
     return Verdict(True, explained, len(trace))
+
+
+def _property(outcome: tlc.Outcome) -> str:
+    return (outcome.violated or "the specification").removeprefix("New")
 
 
 def arrange(run: Run) -> tuple[list[_Step], list[int], int]:
