@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from countersign.kernels.gumbel import G_MAX
-from countersign.kernels.sample_rows import Rule, threshold
+from countersign.kernels.sample_rows import Rule, thresholds
 
 BLOCK, BLOCKS = 1024, 8
 MOST = tl.constexpr(G_MAX)
@@ -25,7 +25,6 @@ def sample_rows(logits: Tensor, rules: Sequence[Rule]) -> Tensor:
     rows, size = logits.shape
     if not rows:
         return torch.empty(0, dtype=torch.int64, device=logits.device)
-    limits = [threshold(row, rule) for row, rule in zip(logits, rules, strict=True)]
     parts = triton.cdiv(size, BLOCK * BLOCKS)
 
     def column(values: Sequence[float | int], dtype: torch.dtype) -> Tensor:
@@ -40,8 +39,7 @@ def sample_rows(logits: Tensor, rules: Sequence[Rule]) -> Tensor:
         column([rule.temperature for rule in rules], torch.float64),
         column([rule.seed % (1 << 32) for rule in rules], torch.int64),
         column([rule.seed >> 32 for rule in rules], torch.int64),
-        column([least for least, _ in limits], torch.float32),
-        column([last for _, last in limits], torch.int64),
+        *thresholds(logits, rules),
         scores, tokens, bad, BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=4,
     )  # fmt: skip
     # The first part that reaches the best score has the lowest id.

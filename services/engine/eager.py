@@ -1,4 +1,4 @@
-"""The decoder in torch's own operations: the readable reference, for any device.
+"""The decoder as one layer after another, for any device: :mod:`ops` says what computes it.
 
     h = embed(token)
     h += output(attention(qkv(norm(h))));  h += mlp(norm(h))      in each layer
@@ -6,51 +6,39 @@
 
 With ``numerics: invariant`` the logits of a token are the same bits whether its sequence runs alone or in a batch, in
 whatever pieces its prefix was computed, whether its prefix's KV was imported, and whether it came in a chain or a tree:
-every operation treats a row on its own (:mod:`linear`, :mod:`step`, :mod:`countersign.kernels.padded_attention`,
-:mod:`countersign.kernels.experts`, :mod:`countersign.kernels.swiglu`).
+every operation treats a row on its own (:mod:`linear`, :mod:`step`, :mod:`ops`, :mod:`countersign.kernels.experts`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
-from countersign.kernels import padded_attention
 from countersign.kernels.experts import mix, route
 from countersign.kernels.native.library import Team
-from countersign.kernels.rotary import rotate
-from countersign.kernels.swiglu import swiglu
 from countersign.services.engine.config import TORCH_DTYPES, Dtype, ModelConfig, Numerics
 from countersign.services.engine.kv import PagedCache
-from countersign.services.engine.linear import Linear, LinearMode, LinearPacker
+from countersign.services.engine.linear import Linear
+from countersign.services.engine.ops import Choice, make_ops
 from countersign.services.engine.rope import RotaryTable
-from countersign.services.engine.step import EXACT, FIXED, Group, Span, Step, plan
+from countersign.services.engine.step import Span, Step
 from countersign.services.engine.weights import DecoderWeights, DenseMlp, LayerWeights, Mlp
-
-
-@dataclass(frozen=True, slots=True)
-class Paths:
-    """Which way each operation is computed here: the mode of each linear shape (out, in), and attention's path, None
-    for torch's choice.
-    """
-
-    linear: Mapping[tuple[int, int], LinearMode]
-    attention: padded_attention.Path | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Dense:
     gate_up: Linear
+    gate: Callable[[Tensor], Tensor]
     down: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(_gated(self.gate_up(x)))
+        return self.down(self.gate(self.gate_up(x)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,26 +66,29 @@ class _Layer:
 
 
 class EagerExecutor:
-    """A model's weights on ``device``, converted to ``dtype`` and packed."""
+    """A model's weights on ``device``, converted to ``dtype`` and packed. ``ops``: what computes; None for the fastest
+    that ``device`` has, see :func:`countersign.services.engine.ops.make_ops`.
+    """
 
-    name = "eager"
     team: Team | None = None
 
     def __init__(
-        self, config: ModelConfig, weights: DecoderWeights, dtype: Dtype, numerics: Numerics, device: str = "cpu"
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        dtype: Dtype,
+        numerics: Numerics,
+        device: str = "cpu",
+        ops: Choice | None = None,
     ) -> None:
         self._config, self._device, self._dtype = config, device, TORCH_DTYPES[dtype]
-        self._packer = LinearPacker(numerics)
+        self._ops = make_ops(ops, config, dtype, numerics, device)
+        self.name, self.paths = self._ops.name, self._ops.paths
         self._embedding, self._norm = self._moved(weights.embedding), self._moved(weights.norm)
         self._layers = [self._layer(layer) for layer in weights.layers]
         self._head = self._packed(weights.head)
         self._rotary = RotaryTable(config.rope, config.head_dim)
-        self._angles = self._angles_of(0)
-        path = None
-        if numerics == "invariant":
-            path = padded_attention.select_path(config.heads, config.kv_heads, config.head_dim, self._dtype, device)
-        self._padding = replace(EXACT, fold=config.heads // config.kv_heads) if path is None else FIXED
-        self.paths = Paths(self._packer.modes, path)
+        self._angles = self._ops.angles(self._rotary, 0)
 
     @torch.inference_mode()
     def run(self, cache: PagedCache, spans: Sequence[Span]) -> Tensor:
@@ -106,11 +97,12 @@ class EagerExecutor:
         Returns:
             (sum of ``span.logits``, vocabulary) fp32 on the executor's device, spans in the order given.
         """
-        step = self._plan(cache, spans)
-        hidden = deque(self._hidden_states(cache, step), maxlen=1).pop()
-        if not step.logits:
-            return torch.empty(0, self._config.vocabulary_size, device=self._device)
-        return self._logits(hidden.index_select(0, step.logit_rows))[: step.logits]
+        with self._current():
+            step = self._ops.plan(cache, spans)
+            hidden = deque(self._hidden_states(cache, step), maxlen=1).pop()
+            if not step.logits:
+                return torch.empty(0, self._config.vocabulary_size, device=self._device)
+            return self._logits(hidden.index_select(0, step.logit_rows))[: step.logits]
 
     def close(self) -> None:
         """Nothing to end: the weights go with this object."""
@@ -120,14 +112,16 @@ class EagerExecutor:
         """The first layer whose output for one of these tokens is not finite, as many as there are layers if only the
         logits are not. Computes the tokens again, as :meth:`run` does.
         """
-        step = self._plan(cache, [span])
-        for index, hidden in enumerate(self._hidden_states(cache, step)):
-            if not bool(torch.isfinite(hidden[: step.rows]).all()):
-                return index
+        with self._current():
+            step = self._ops.plan(cache, [span])
+            for index, hidden in enumerate(self._hidden_states(cache, step)):
+                if not bool(torch.isfinite(hidden[: step.rows]).all()):
+                    return index
         return self._config.layers
 
-    def _plan(self, cache: PagedCache, spans: Sequence[Span]) -> Step:
-        return plan(cache, spans, self._config.sliding_window, self._padding, self._device)
+    def _current(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, wherever the tensors are."""
+        return torch.cuda.device(self._device) if self._device.startswith("cuda") else nullcontext()
 
     def _hidden_states(self, cache: PagedCache, step: Step) -> Iterator[Tensor]:
         """(M', hidden) after each layer."""
@@ -140,18 +134,13 @@ class EagerExecutor:
             yield hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self._head(self._normalised(hidden, self._norm)).float()
+        return self._head(self._ops.normalise(hidden, self._norm)).float()
 
     def _angles_up_to(self, end: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the positions below ``end`` at least; the same tensors as long as they suffice."""
         if end > len(self._angles[0]):
-            self._angles = self._angles_of(end)
+            self._angles = self._ops.angles(self._rotary, end)
         return self._angles
-
-    def _angles_of(self, end: int) -> tuple[Tensor, Tensor]:
-        known = len(self._rotary.table(end)[0])
-        cos, sin = self._rotary.rows(torch.arange(known), known, self._dtype)
-        return cos.to(self._device), sin.to(self._device)
 
     def _attend(
         self, layer: _Layer, hidden: Tensor, step: Step, angles: tuple[Tensor, Tensor], cache: PagedCache, index: int
@@ -159,50 +148,18 @@ class EagerExecutor:
         """(M', hidden) to (M', heads head_dim)."""
         heads, kv_heads, size = self._config.heads, self._config.kv_heads, self._config.head_dim
         keys, values = cache.keys(index), cache.values(index)
-        qkv = layer.qkv(self._normalised(hidden, layer.attention_norm))[: step.rows].view(step.rows, -1, size)
-        qk = qkv[:, : heads + kv_heads]
-        if layer.qk_norm is not None:
-            qk = F.rms_norm(qk, (size,), None, self._config.rms_eps) * layer.qk_norm
-        qk = rotate(qk, *angles)
+        qkv = layer.qkv(self._ops.normalise(hidden, layer.attention_norm))[: step.rows].view(step.rows, -1, size)
+        qk = self._ops.rotate(qkv[:, : heads + kv_heads], layer.qk_norm, angles)
         keys[step.pages, :, :, step.offsets] = qk[:, heads:]
         values[step.pages, :, step.offsets] = qkv[:, heads + kv_heads :]
-        results = [self._attend_group(qk[:, :heads], group, keys, values) for group in step.groups]
-        result = results[0] if len(results) == 1 else torch.cat(results)
-        return result if step.take is None else result.index_select(0, step.take)
-
-    def _attend_group(self, q: Tensor, group: Group, keys: Tensor, values: Tensor) -> Tensor:
-        """(M, heads, head_dim) to (B T, heads head_dim)."""
-        q = q if group.rows is None else q.index_select(0, group.rows)
-        fold = 1 if group.mask is None else self._padding.fold
-        q = q.reshape(group.batch, -1, self._config.heads // fold, fold, self._config.head_dim)
-        queries, q = q.shape[1], q.transpose(1, 2).flatten(2, 3)
-        k = keys.index_select(0, group.pages).view(group.batch, -1, *keys.shape[1:]).permute(0, 2, 1, 4, 3)
-        v = values.index_select(0, group.pages).view(group.batch, -1, *values.shape[1:]).transpose(1, 2)
-        k, v = k.flatten(2, 3), v.flatten(2, 3)
-        if group.tail is not None:
-            k[group.tail.pieces, :, group.tail.places] = keys[group.tail.pages, :, :, group.tail.offsets]
-            v[group.tail.pieces, :, group.tail.places] = values[group.tail.pages, :, group.tail.offsets]
-        scale = self._config.head_dim**-0.5
-        if group.mask is None:
-            bias = causal_lower_right(queries, group.keys)
-            k, v = k[:, :, : group.keys], v[:, :, : group.keys]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
-        elif self.paths.attention is None:
-            out = padded_attention.attend_fast(q, k, v, group.mask, scale=scale)
-        else:
-            out, _ = padded_attention.attend(q, k, v, group.mask, scale=scale, path=self.paths.attention)
-        out = out.view(group.batch, -1, queries, fold, self._config.head_dim)
-        return out.transpose(1, 2).flatten(2).flatten(0, 1)
+        return self._ops.attend(qk[:, :heads], keys, values, step)
 
     def _mix(self, layer: _Layer, hidden: Tensor, rows: int) -> Tensor:
-        x = self._normalised(hidden, layer.mlp_norm)
+        x = self._ops.normalise(hidden, layer.mlp_norm)
         if isinstance(layer.mlp, _Dense):
             return layer.mlp(x)
         # Rows of padding would have experts run for nothing.
         return F.pad(layer.mlp(x[:rows]), (0, 0, 0, len(x) - rows))
-
-    def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self._config.rms_eps)
 
     def _layer(self, weights: LayerWeights) -> _Layer:
         qk_norm = None
@@ -220,21 +177,15 @@ class EagerExecutor:
 
     def _mlp(self, weights: Mlp) -> _Dense | _Routed:
         if isinstance(weights, DenseMlp):
-            return _Dense(self._packed(weights.gate_up), self._packed(weights.down))
-        pairs = zip(weights.gate_up, weights.down, strict=True)
-        experts = [_Dense(self._packed(gate_up), self._packed(down)) for gate_up, down in pairs]
+            return self._dense(weights.gate_up, weights.down)
+        experts = [self._dense(*pair) for pair in zip(weights.gate_up, weights.down, strict=True)]
         return _Routed(self._packed(weights.router), experts, weights.per_token, weights.normalised)
 
+    def _dense(self, gate_up: Tensor, down: Tensor) -> _Dense:
+        return _Dense(self._packed(gate_up), self._ops.gate, self._packed(down))
+
     def _packed(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return self._packer.pack(self._moved(weight), None if bias is None else self._moved(bias))
+        return self._ops.pack(self._moved(weight), None if bias is None else self._moved(bias))
 
     def _moved(self, weight: Tensor) -> Tensor:
         return weight.to(self._device, self._dtype)
-
-
-def _gated(gate_up: Tensor) -> Tensor:
-    # On an accelerator an element's bits do not depend on where it stands, and fewer passes over memory are faster.
-    if gate_up.device.type == "cpu":
-        return swiglu(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)

@@ -4,7 +4,7 @@ A graph's shapes and addresses are fixed. So a step of short chains is padded to
 buffer, and what was captured on it is replayed. Padding repeats what is there: the rows behind a chain's end are its
 last token again, the sequences behind the batch's end are its first again. They write the K and V of those tokens
 where these stand, and nobody reads their logits. Everything else runs as in :mod:`eager`: long chains, trees, models
-with experts, and attention row by row, whose shapes depend on the numbers themselves.
+with experts, and padded attention row by row, whose shapes depend on the numbers themselves.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from countersign.kernels.padded_attention import Mask, Path
 from countersign.services.engine.config import Dtype, ModelConfig, Numerics
 from countersign.services.engine.eager import EagerExecutor
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
-from countersign.services.engine.step import SHORT, Group, Ids, Padding, Span, Step, staged
+from countersign.services.engine.ops import Choice
+from countersign.services.engine.step import SHORT, Ids, Padding, Span, Step, staged
 from countersign.services.engine.weights import DecoderWeights
 
 MAX_ROWS = 256
 """The most rows of a graph, padding included. With more, arithmetic takes longer than launching it."""
 MAX_KEYS = 1 << 18
-"""The most keys that a graph gathers in each layer, over its sequences and padding included."""
+"""The most keys that a graph reads in each layer, over its sequences and padding included."""
 MAX_GRAPHS = 32
 """Graphs kept, the most recently used."""
 
@@ -119,11 +119,17 @@ class GraphedExecutor(EagerExecutor):
     """:class:`EagerExecutor` that replays graphs where it can. One step at a time."""
 
     def __init__(
-        self, config: ModelConfig, weights: DecoderWeights, dtype: Dtype, numerics: Numerics, device: str = "cpu"
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        dtype: Dtype,
+        numerics: Numerics,
+        device: str = "cpu",
+        ops: Choice | None = None,
     ) -> None:
-        super().__init__(config, weights, dtype, numerics, device)
+        super().__init__(config, weights, dtype, numerics, device, ops)
         self._capture: Capture = CudaGraphs(device) if device.startswith("cuda") else Repeated
-        self._fixed = config.experts is None and self.paths.attention is not Path.ROW_BY_ROW
+        self._fixed = config.experts is None and self._ops.fixed
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
         self._cache: weakref.ref[PagedCache] | None = None
 
@@ -135,13 +141,14 @@ class GraphedExecutor(EagerExecutor):
     @torch.inference_mode()
     def run(self, cache: PagedCache, spans: Sequence[Span]) -> Tensor:
         """As :meth:`EagerExecutor.run`."""
-        bucket = bucket_of(spans, self._padding) if self._fixed else None
+        bucket = bucket_of(spans, self._ops.padding) if self._fixed else None
         if bucket is None:
             return super().run(cache, spans)
         values, wanted = lay_out(bucket, cache, spans)
-        graph = self._graph(cache, bucket, staged(values, self._device))
-        # The copy to the buffer and this one are the only work outside the graph.
-        return graph.captured.replay().index_select(0, _parts(bucket, graph.buffer)[4][:wanted])
+        with self._current():
+            graph = self._graph(cache, bucket, staged(values, self._device))
+            # The copy to the buffer and this one are the only work outside the graph.
+            return graph.captured.replay().index_select(0, _parts(bucket, graph.buffer)[4][:wanted])
 
     def _graph(self, cache: PagedCache, bucket: Bucket, values: Tensor) -> _Graph:
         """The bucket's graph with these values in its buffer, captured if need be."""
@@ -163,9 +170,6 @@ class GraphedExecutor(EagerExecutor):
     def _compute(self, cache: PagedCache, bucket: Bucket, buffer: Tensor) -> Tensor:
         """The logits of all rows, from the buffer and without a word from the host."""
         token_ids, positions, pages, offsets, wanted, table = _parts(bucket, buffer)
-        folded = positions.view(bucket.batch, -1, 1).expand(-1, -1, self._padding.fold).flatten(1)
-        mask = Mask.causal(folded, bucket.keys, self._config.sliding_window, cache.dtype)
-        group = Group(bucket.batch, bucket.keys, None, table, None, mask)
         step = Step(
             rows=bucket.rows,
             token_ids=token_ids,
@@ -173,11 +177,10 @@ class GraphedExecutor(EagerExecutor):
             end=bucket.keys,
             pages=pages,
             offsets=offsets,
-            groups=[group],
-            take=None,
             logits=bucket.rows,
             logit_rows=wanted,
         )
+        step = self._ops.chains(step, bucket.batch, table)
         return self._logits(deque(self._hidden_states(cache, step), maxlen=1).pop())
 
 
@@ -186,8 +189,10 @@ def bucket_of(spans: Sequence[Span], padding: Padding) -> Bucket | None:
     most = max(len(span.token_ids) for span in spans)
     if most > SHORT or any(span.parents is not None for span in spans):
         return None
-    keys = max(_LEAST_KEYS, *(span.sequence.length + len(span.token_ids) for span in spans))
-    bucket = Bucket(_power_of_two(len(spans)), padding.queries(_power_of_two(most)), padding.keys(_power_of_two(keys)))
+    queries = padding.queries(_power_of_two(most))
+    # With room for the rows behind a chain's end: paged attention walks on to their places.
+    keys = max(_LEAST_KEYS, *(span.sequence.length + queries for span in spans))
+    bucket = Bucket(_power_of_two(len(spans)), queries, padding.keys(_power_of_two(keys)))
     return bucket if bucket.rows <= MAX_ROWS and bucket.batch * bucket.keys <= MAX_KEYS else None
 
 

@@ -5,8 +5,8 @@ context together in one padded call, and long spans (prefill) alone in pieces of
 taken path by path: the keys of a path stand in the order of their positions, with nothing between them, so that each
 sum over them runs as it would had the path been decoded token by token.
 
-That is :func:`plan`. Attention that reads the pages where they are needs none of it: :func:`plan_paged` only says who sees
-what, trees included.
+That is :func:`plan`. Attention that reads the pages where they are needs none of it: :func:`plan_paged` only says who
+sees what, trees included.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of paged attention, for the ``rows`` of the flat batch. leaf: positions of a leaf where it gives partials
-    of such; None for one softmax.
+    """One call of paged attention, for ``rows`` of the flat batch. leaf: positions of a leaf, where it gives partials;
+    None for one softmax.
     """
 
     rows: slice
@@ -140,8 +140,8 @@ class Step:
     """A forward pass of M rows, padded to M'.
 
     token_ids: (M'), padding 0. positions: (M). end: above all positions. pages, offsets: (M), where each row's K and V
-    go. logit_rows: (L'), the first ``logits`` of them wanted. groups or calls: what attention computes, padded or paged.
-    take: (M') rows of their results laid end to end; None for all in order.
+    go. logit_rows: (L'), the first ``logits`` of them wanted. groups or calls: what attention computes, padded or
+    paged. take: (M') rows of their results laid end to end; None for all in order.
     """
 
     rows: int
@@ -252,7 +252,7 @@ def plan_paged(cache: PagedCache, spans: Sequence[Span], splitting: Splitting, d
     calls, start = [], 0
     for (one_softmax, _), members in groupby(order, kind):
         together = [spans[index] for index in members]
-        for parts in _shared_out(together, None if one_softmax else splitting.rows(together)):
+        for parts in _shared_out(together, step.rows if one_softmax else splitting.rows(together)):
             rows = slice(start, start + sum(part.count for part in parts))
             calls.append(Call(rows, _layout(cache, parts, moved), None if one_softmax else splitting.leaf))
             start = rows.stop
@@ -347,23 +347,19 @@ class _Part:
         return self.span.sequence.length + self.offset
 
 
-def _shared_out(spans: Sequence[Span], most: int | None) -> Iterator[list[_Part]]:
+def _shared_out(spans: Sequence[Span], most: int) -> Iterator[list[_Part]]:
     """All rows, in runs of at most ``most``; a tree stays whole."""
     run: list[_Part] = []
     room = most
     for span in spans:
-        offset, count = 0, len(span.token_ids)
-        while offset < count:
-            part = count - offset
-            if room is not None and part > room:
-                if run and (not room or span.parents is not None):
-                    yield run
-                    run, room = [], most
-                    continue
-                part = part if span.parents is not None else room
-            run.append(_Part(span, offset, part))
-            offset += part
-            room = None if room is None else max(0, room - part)
+        offset, whole = 0, span.parents is not None
+        while left := len(span.token_ids) - offset:
+            if run and (left > room if whole else not room):
+                yield run
+                run, room = [], most
+            count = left if whole else min(left, room)
+            run.append(_Part(span, offset, count))
+            offset, room = offset + count, max(0, room - count)
     yield run
 
 
@@ -383,14 +379,15 @@ def _layout(cache: PagedCache, parts: Sequence[_Part], moved: Moved) -> Layout:
 
 
 def _ancestors(trees: Sequence[Sequence[int]]) -> NDArray[np.int32]:
-    """(rows, words): bit u of a row, the lowest of the first word being bit 0: it is row u of its tree or below it."""
+    """(rows, words), as :class:`countersign.kernels.attention.Layout` takes them."""
     paths: list[int] = []
     for parents in trees:
         first = len(paths)
         for node, parent in enumerate(parents):
             paths.append((0 if parent < 0 else paths[first + parent]) | 1 << node)
     size = 4 * -(-max(map(len, trees)) // 32)
-    return np.frombuffer(b"".join(path.to_bytes(size, "little") for path in paths), dtype="<i4").reshape(len(paths), -1)
+    packed = bytearray().join(path.to_bytes(size, "little") for path in paths)
+    return np.frombuffer(packed, dtype="<i4").reshape(len(paths), -1)
 
 
 def _grouped(pieces: Sequence[_Piece], padding: Padding) -> Iterator[list[_Piece]]:

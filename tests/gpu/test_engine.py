@@ -1,4 +1,6 @@
-"""The engine on a CUDA device: the bits of invariant numerics, graphs beside plain steps, the CPU's numbers."""
+"""The engine on a CUDA device, by Triton's kernels and by torch's own operations: the bits of invariant numerics,
+graphs beside plain steps, the CPU's numbers.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor
 
 from countersign.services.engine import graphs
+from countersign.services.engine import ops as engine_ops
 from countersign.services.engine.config import Dtype, ModelConfig, Numerics, Rope
 from countersign.services.engine.eager import EagerExecutor
 from countersign.services.engine.graphs import GraphedExecutor
 from countersign.services.engine.kv import CachedSequence, PagedCache
 from countersign.services.engine.model import Digests, Model, Span
+from countersign.services.engine.ops import Choice
 from countersign.services.engine.weights import DecoderWeights, DenseMlp, LayerWeights
 
 pytestmark = [
@@ -30,7 +34,11 @@ CONFIG = ModelConfig(
 TOKENS = torch.randint(0, 512, (2400,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
-def weights() -> DecoderWeights:
+NORMED = replace(CONFIG, qk_norm=True, sliding_window=100)
+OPS = pytest.mark.parametrize("ops", ["triton", "padded"])
+
+
+def weights(*, qk_norm: bool = False) -> DecoderWeights:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -38,7 +46,8 @@ def weights() -> DecoderWeights:
 
     layer = (
         LayerWeights(
-            drawn(512) + 1, drawn(768, 512), None, None, None, drawn(512, 512), drawn(512) + 1,
+            drawn(512) + 1, drawn(768, 512), None, drawn(64) + 1 if qk_norm else None,
+            drawn(64) + 1 if qk_norm else None, drawn(512, 512), drawn(512) + 1,
             DenseMlp(drawn(1536, 512), drawn(512, 768)),
         )
         for _ in range(CONFIG.layers)
@@ -46,7 +55,7 @@ def weights() -> DecoderWeights:
     return DecoderWeights(drawn(512, 512), tuple(layer), drawn(512) + 1, drawn(512, 512) * 8)
 
 
-WEIGHTS = weights()
+WEIGHTS, NORMED_WEIGHTS = weights(), weights(qk_norm=True)
 
 
 class Side:
@@ -59,8 +68,9 @@ class Side:
         dtype: Dtype = "bf16",
         device: str = "cuda",
         config: ModelConfig = CONFIG,
+        ops: Choice | None = None,
     ) -> None:
-        self.executor = made(config, WEIGHTS, dtype, numerics, device)
+        self.executor = made(config, NORMED_WEIGHTS if config.qk_norm else WEIGHTS, dtype, numerics, device, ops)
         self.model = Model(config, Digests(b"", b"", b""), dtype, self.executor)
         self.renew()
 
@@ -88,9 +98,19 @@ class Side:
         return told
 
 
+def test_a_gpu_takes_tritons_kernels() -> None:
+    side = Side(GraphedExecutor, "fast")
+    assert side.executor.name == "paged-triton"
+    assert side.executor.paths.attention == "triton"
+
+
+@OPS
+@pytest.mark.parametrize("config", [CONFIG, NORMED], ids=["plain", "normed"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_invariant_logits_are_the_same_bits_in_a_batch_in_chunks_and_in_decode(dtype: Dtype) -> None:
-    side = Side(EagerExecutor, "invariant", dtype)
+def test_invariant_logits_are_the_same_bits_in_a_batch_in_chunks_and_in_decode(
+    dtype: Dtype, config: ModelConfig, ops: Choice
+) -> None:
+    side = Side(EagerExecutor, "invariant", dtype, config=config, ops=ops)
     alone = side.run(Span(side.cache.sequence(), TOKENS[:600], 600))
     sequence, other, third = side.cache.sequence(), side.grown(300), side.grown(40)
     first = 0
@@ -102,8 +122,10 @@ def test_invariant_logits_are_the_same_bits_in_a_batch_in_chunks_and_in_decode(d
     assert first == 600
 
 
-def test_invariant_tree_nodes_have_the_bits_of_plain_decode() -> None:
-    side = Side(EagerExecutor, "invariant")
+@OPS
+@pytest.mark.parametrize("config", [CONFIG, NORMED], ids=["plain", "normed"])
+def test_invariant_tree_nodes_have_the_bits_of_plain_decode(config: ModelConfig, ops: Choice) -> None:
+    side = Side(EagerExecutor, "invariant", config=config, ops=ops)
     parents, token_ids = [-1, 0, 0, 2, -1, 3], [7, 8, 9, 10, 11, 12]
     logits = side.run(Span(side.grown(507), token_ids, 6, parents))
     for path in ([0, 1], [0, 2, 3, 5], [4]):
@@ -112,11 +134,77 @@ def test_invariant_tree_nodes_have_the_bits_of_plain_decode() -> None:
             assert torch.equal(side.run(Span(sequence, [token_ids[node]]))[0], logits[node])
 
 
+@pytest.mark.parametrize("config", [CONFIG, NORMED], ids=["plain", "normed"])
+def test_invariant_graphs_have_the_bits_of_plain_steps(config: ModelConfig) -> None:
+    found = []
+    for made in (GraphedExecutor, EagerExecutor):
+        side = Side(made, "invariant", config=config)
+        sequences = [side.grown(length) for length in (250, 40, 511)]
+        rows = [
+            side.run(*(Span(s, TOKENS[:n], n) for s, n in zip(sequences, counts, strict=False)))
+            for counts in ((1, 1, 1), (5, 1, 8), (3, 16), (1,), (1, 2, 3), (1, 1, 1))
+        ]
+        blocks = [sequence.export_block(i) for sequence in sequences for i in range(sequence.length // 16)]
+        found.append((torch.cat(rows), blocks))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_less_memory_for_partials_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for size in (1 << 28, 1 << 20):
+        monkeypatch.setattr(engine_ops, "PARTIAL_BYTES", size)
+        side = Side(EagerExecutor, "invariant")
+        sequence = side.grown(100)
+        found.append(side.run(Span(sequence, TOKENS[100:2300], 2200), Span(side.grown(30), [5])))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("config", [CONFIG, NORMED], ids=["plain", "normed"])
+@pytest.mark.parametrize("numerics", ["invariant", "fast"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_tritons_kernels_give_the_numbers_of_torchs_own_operations(
+    dtype: Dtype, numerics: Numerics, config: ModelConfig
+) -> None:
+    found = []
+    choices: tuple[Choice, ...] = ("triton", "padded")
+    for ops in choices:
+        side = Side(EagerExecutor, numerics, dtype, config=config, ops=ops)
+        long, short, tree = side.cache.sequence(), side.grown(20), side.grown(300)
+        rows = [side.run(Span(long, TOKENS[:700], 700), Span(short, [5], 1))]
+        rows.append(
+            side.run(Span(tree, [1, 2, 3, 4], 4, [-1, -1, 0, 2]), Span(long, TOKENS[:90], 90), Span(short, [3]))
+        )
+        rows.append(side.run(Span(long, [9]), Span(short, [8, 7, 6], 3)))
+        found.append(torch.cat(rows))
+    assert found[0].isfinite().all()
+    assert relative(*found) < (2e-2 if dtype == "bf16" else 1e-4)
+
+
+@pytest.mark.parametrize("made", [EagerExecutor, GraphedExecutor])
+def test_a_step_waits_for_nothing_on_the_device(made: type[EagerExecutor]) -> None:
+    side = Side(made, "invariant")
+    first, second = side.grown(300), side.grown(40)
+
+    def work() -> None:
+        side.run(Span(first, [5]), Span(second, [6, 7, 8], 3))
+        side.run(Span(first, [5, 6, 7], 3, [-1, 0, 0]), Span(second, TOKENS[:100]))
+
+    work()  # compiles, and captures
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@OPS
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_graphs_and_plain_steps_agree(dtype: Dtype, window: int | None) -> None:
+def test_graphs_and_plain_steps_agree(dtype: Dtype, window: int | None, ops: Choice) -> None:
     config = replace(CONFIG, sliding_window=window)
-    made = [Side(each, "fast", dtype, config=config) for each in (GraphedExecutor, EagerExecutor)]
+    made = [Side(each, "fast", dtype, config=config, ops=ops) for each in (GraphedExecutor, EagerExecutor)]
     found = []
     for side in made:
         sequences = [side.grown(length) for length in (250, 40, 511)]
@@ -159,11 +247,12 @@ def test_the_rotary_table_may_grow_under_a_captured_graph() -> None:
     assert relative(*rows) < 1e-4
 
 
+@OPS
 @pytest.mark.parametrize("numerics", ["invariant", "fast"])
-def test_the_cpu_and_the_gpu_agree(numerics: Numerics) -> None:
+def test_the_cpu_and_the_gpu_agree(numerics: Numerics, ops: Choice) -> None:
     found = []
     for device in ("cuda", "cpu"):
-        side = Side(GraphedExecutor, numerics, "fp32", device)
+        side = Side(GraphedExecutor, numerics, "fp32", device, ops=ops if device == "cuda" else None)
         sequence = side.cache.sequence()
         rows = [side.run(Span(sequence, TOKENS[:600], 600)), side.run(Span(sequence, TOKENS[600:640], 40))]
         rows += [side.run(Span(sequence, [token])) for token in TOKENS[640:660]]

@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from countersign.kernels import gumbel
 from countersign.kernels.gumbel import allowed
-from countersign.kernels.sample_rows import Rule, sample_rows, threshold
+from countersign.kernels.sample_rows import Rule, sample_rows, thresholds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RULES = st.builds(
@@ -64,17 +65,74 @@ def test_a_row_that_is_not_finite_has_no_token_and_spoils_no_other(backend: str,
     assert found[1] == sample_rows(logits[1:], [Rule(1, 0.7, seed=5)], backend="reference")[0]
 
 
-@settings(max_examples=80)
-@given(row=st.lists(LOGITS.filter(math.isfinite), min_size=1, max_size=40), rule=RULES)
-def test_the_threshold_keeps_what_top_k_and_top_p_keep(row: list[float], rule: Rule) -> None:
-    logits = torch.tensor(row)
-    least, last = threshold(logits, rule)
-    kept = [i for i, z in enumerate(row) if z > least or (z == least and i <= last)]
-    if rule.temperature:
-        expected = allowed(
-            logits.double().numpy(), temperature=rule.temperature, top_k=rule.top_k, top_p=rule.top_p
-        ).tolist()
-        assert kept == expected
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[list[float]], list[Rule]]:
+    """Rows of one size, with ties, with tokens ruled out and, here and there, not finite."""
+    size = draw(st.integers(1, 40))
+    value = LOGITS if draw(st.booleans()) else st.floats(-5, 5, width=32)
+    row = st.one_of(st.lists(value, min_size=size, max_size=size), st.just([math.nan] * size))
+    rows = draw(st.lists(row, min_size=1, max_size=4))
+    return rows, [draw(RULES) for _ in rows]
+
+
+@settings(max_examples=200)
+@example(drawn=([[0.0] * 10], [Rule(0, 1.0, top_p=0.2)]))
+@example(drawn=([[0.0] * 10], [Rule(0, 0.3, top_k=5, top_p=0.2)]))
+@given(drawn=batches())
+def test_the_thresholds_keep_what_top_k_and_top_p_keep(drawn: tuple[list[list[float]], list[Rule]]) -> None:
+    rows, rules = drawn
+    limits = thresholds(torch.tensor(rows, device=DEVICE), rules)
+    for row, rule, least, last in zip(rows, rules, *(limit.tolist() for limit in limits), strict=True):
+        if not math.isfinite(max(row)) or math.isnan(row[0]) or not rule.temperature:
+            assert (least, last) == (-math.inf, len(row))
+            continue
+        kept = [i for i, z in enumerate(row) if z > -math.inf and (z > least or (z == least and i <= last))]
+        assert kept == kept_by_the_reference(row, rule)
+
+
+def kept_by_the_reference(row: list[float], rule: Rule) -> list[int]:
+    values = torch.tensor(row).double().numpy()
+    ids: list[int] = allowed(values, temperature=rule.temperature, top_k=rule.top_k, top_p=rule.top_p).tolist()
+    return ids
+
+
+def test_rows_of_a_large_vocabulary_keep_what_the_reference_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = normal(6, 50_000)
+    rules = [
+        Rule(0, 1.0, 50, 0.9),
+        Rule(0, 0.7, 0, 0.95),
+        Rule(0, 1.0, 40),
+        Rule(0, 2.0),
+        Rule(0),
+        Rule(0, 9.0, 0, 0.5),
+    ]
+    expected = [
+        kept_by_the_reference(row.tolist(), rule) if rule.temperature else []
+        for row, rule in zip(logits, rules, strict=True)
+    ]
+    monkeypatch.setattr(gumbel, "allowed", lambda *_, **__: pytest.fail("a row was taken to the host"))
+    least, last = thresholds(logits, rules)
+    ids = torch.arange(50_000, device=DEVICE)
+    for i, rule in enumerate(rules):
+        kept = (logits[i] > least[i]) | ((logits[i] == least[i]) & (ids <= last[i]))
+        if rule.temperature:
+            assert kept.nonzero().flatten().tolist() == expected[i]
+        else:
+            assert kept.all()
+
+
+def test_a_row_at_a_border_of_top_p_is_decided_as_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided: list[int] = []
+
+    def spy(logits: gumbel.Reals, **rule: float) -> gumbel.Ids:
+        decided.append(len(logits))
+        return allowed(logits, temperature=rule["temperature"], top_k=int(rule["top_k"]), top_p=rule["top_p"])
+
+    monkeypatch.setattr(gumbel, "allowed", spy)
+    logits = torch.tensor([[0.0] * 10, [3.0, 2.0, *[0.0] * 8]], device=DEVICE)
+    least, last = thresholds(logits, [Rule(0, 1.0, top_p=0.3), Rule(0, 1.0, top_p=0.3)])
+    assert (least.tolist(), last.tolist()) == ([0.0, 3.0], [2, 0])
+    assert decided == [10]
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,10 @@ def found(manifest: Manifest, kind: str, name: str) -> Check:
     return next(one for one in checks(manifest, quick=False) if (one.kind, one.name) == (kind, name))
 
 
+@pytest.mark.timeout(900)
 def test_everything_is_as_the_manifest_says() -> None:
     done = subprocess.run(
-        [COMMAND, "spec", "check", "--quick", "--json"], capture_output=True, text=True, timeout=280, check=False
+        [COMMAND, "spec", "check", "--quick", "--json"], capture_output=True, text=True, timeout=880, check=False
     )
     report = json.loads(done.stdout)
     assert [one for one in report["configs"] if not one["ok"]] == []
