@@ -5,15 +5,18 @@ from __future__ import annotations
 from countersign.services.protocol.commit import LogState
 from countersign.services.protocol.custody import Custody, Verdict
 from countersign.services.protocol.driver import settle
-from countersign.services.protocol.events import Settled
+from countersign.services.protocol.errors import LogError
+from countersign.services.protocol.events import Effect, Settled
 from countersign.services.protocol.opener import Opener
 from countersign.services.router.placement import candidates
 from countersign.services.runtime.errors import (
     CountersignError,
+    DataLoss,
     DeadlineExceeded,
     FailedPrecondition,
     ResourceExhausted,
     Unavailable,
+    translated,
 )
 from countersign.services.runtime.service import Context
 from countersign.v1.sampling_pb2 import FinishReason
@@ -47,9 +50,9 @@ class Placer:
         refusal = await self._assign(opener)
         if refusal is not None:
             # Taken over by this router, no target can take it any more.
-            if isinstance(await settle(opener, opener.assign(self._instance), self._journal), Settled):
+            if await self._settled(opener, opener.assign(self._instance)):
                 message = f"no target took the request: {refusal}"
-                await settle(opener, opener.close(FinishReason.FINISH_REASON_ERROR, message), self._journal)
+                await self._settled(opener, opener.close(FinishReason.FINISH_REASON_ERROR, message))
             raise refusal
 
     async def look_after(self, custody: Custody, log: LogState, now: int) -> None:
@@ -95,10 +98,10 @@ class Placer:
     async def _close(self, log: LogState) -> None:
         opener = Opener(log)
         if log.cancelled is not None:
-            await settle(opener, opener.close(FinishReason.FINISH_REASON_CANCELLED), self._journal)
-        elif isinstance(await settle(opener, opener.assign(self._instance), self._journal), Settled):
+            await self._settled(opener, opener.close(FinishReason.FINISH_REASON_CANCELLED))
+        elif await self._settled(opener, opener.assign(self._instance)):
             message = f"target {log.instance} let the deadline pass"
-            await settle(opener, opener.close(FinishReason.FINISH_REASON_DEADLINE, message), self._journal)
+            await self._settled(opener, opener.close(FinishReason.FINISH_REASON_DEADLINE, message))
 
     async def _assign(self, opener: Opener, past: str = "") -> CountersignError | None:
         """Assign the request to the least busy target that takes it; None once it is settled, by whomever."""
@@ -109,7 +112,7 @@ class Placer:
         for target in candidates(self._registry.live("target"), opened.weights_sha256):
             if target.instance == past:
                 continue
-            if not isinstance(await settle(opener, opener.assign(target.instance), self._journal), Settled):
+            if not await self._settled(opener, opener.assign(target.instance)):
                 return None
             failure = await self._started(opener.log, START_S)
             if failure is None:
@@ -117,11 +120,19 @@ class Placer:
             refusal = failure
         return refusal
 
+    async def _settled(self, opener: Opener, effect: Effect) -> bool:
+        """Whether the log says now what was wanted. Raises DataLoss where it is not as the protocol says."""
+        with translated(LogError, DataLoss, about=f"the log of request {opener.log.request_id} is damaged"):
+            return isinstance(await settle(opener, effect, self._journal), Settled)
+
     async def _started(self, log: LogState, patience: float) -> CountersignError | None:
-        """Have the log's target start it; why it did not, None when it did."""
+        """Have the log's target start it; why it did not. None when it did, or when the request is another's by now."""
         start = StartRequest(request_id=log.request_id, epoch=log.epoch)
         try:
             await self._bus.call("target", "Start", start, StartResponse, timeout=patience, instance=log.instance)
         except (ResourceExhausted, Unavailable, DeadlineExceeded) as error:
             return error
+        except FailedPrecondition as error:
+            if error.reason != "NOT_OWNER":
+                raise  # the log has moved on, or the target's replica lags: whoever follows the log will see
         return None

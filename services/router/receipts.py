@@ -24,12 +24,22 @@ class Receipts:
         entry = await self.journal.last(receipt_subject(request_id))
         return None if entry is None else entry.data
 
+    async def _named(self, request_id: str, digest: bytes) -> bytes | None:
+        """Of the receipts that were made the one with this digest: mostly the last, and one that was made in vain may
+        have come behind it.
+        """
+        last = await self.stored(request_id)
+        if last is not None and receipt_digest(last) == digest:
+            return last
+        entries = await self.journal.read(receipt_subject(request_id))
+        return next((entry.data for entry in entries if receipt_digest(entry.data) == digest), None)
+
     async def of(self, log: LogState) -> bytes:
         """The receipt that ``log`` was closed with, openings attached. Raises DataLoss when it is not there."""
-        data = await self.stored(log.request_id)
         digest = log.closed.receipt_sha256 if log.closed is not None else b""
         try:
-            if data is None or receipt_digest(data) != digest:
+            data = await self._named(log.request_id, digest)
+            if data is None:
                 raise DataLoss(
                     f"the receipt that closed request {log.request_id} is not in the store", reason="RECEIPT_LOST"
                 )

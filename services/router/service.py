@@ -33,6 +33,7 @@ from countersign.services.runtime.errors import (
     FailedPrecondition,
     NotFound,
     ResourceExhausted,
+    Unavailable,
     translated,
 )
 from countersign.services.runtime.journal import Entry
@@ -59,6 +60,7 @@ from countersign.v1.target_pb2 import RefreshRequest, RefreshResponse
 
 CALL_TIMEOUT_S = 5.0
 CANCEL_WAIT_S = 5.0
+LAG_LOOKS, LAG_PAUSE_S = 20, 0.1
 DEFAULT_TENANT = "default"
 
 
@@ -193,7 +195,8 @@ class RouterService:
             )
         )
         try:
-            await settle(opener, effect, self._journal)
+            with translated(LogError, DataLoss, about=f"the log of request {request_id} is damaged"):
+                await settle(opener, effect, self._journal)
         except RequestIdTaken as error:
             raise AlreadyExists(
                 f"request id {request_id} names another request",
@@ -246,10 +249,16 @@ class RouterService:
             ) from error
 
     async def _log_of(self, request_id: str) -> LogState:
-        entries = await self._journal.read(commit_subject(request_id))
-        if not entries:
-            raise _unknown(request_id)
-        return _replayed(request_id, entries)
+        subject = commit_subject(request_id)
+        for _ in range(LAG_LOOKS):
+            if entries := await self._journal.read(subject):
+                return _replayed(request_id, entries)
+            if await self._journal.last(subject) is None:
+                raise _unknown(request_id)
+            await asyncio.sleep(LAG_PAUSE_S)  # the replica that was read lags behind
+        raise Unavailable(
+            f"the log of request {request_id} cannot be read yet", reason="REPLICA_LAGS", help="try again"
+        )
 
 
 def _replayed(request_id: str, entries: Sequence[Entry]) -> LogState:

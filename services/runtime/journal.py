@@ -240,10 +240,12 @@ class Journal:
         entries: list[Entry] = []
         for msg in messages:
             sequence, previous = _place(msg)
-            if entries and previous != entries[-1].sequence:
+            # Each names the one before it in this batch, the first 0.
+            if previous != (entries[-1].sequence if entries else 0):
                 return entries, True  # one was lost on the way: go on from there
             entries.append(Entry(sequence, msg.data))
-        return entries, int(header(end, "Nats-Num-Pending")) > 0
+        ended = int(header(end, "Nats-Last-Sequence")) == (entries[-1].sequence if entries else 0)
+        return entries, int(header(end, "Nats-Num-Pending")) > 0 or not ended
 
     async def _ensure(self, stream: StreamConfig) -> None:
         manager = self._bus.jetstream()

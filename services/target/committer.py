@@ -10,8 +10,8 @@ from typing import TypeVar
 from countersign.services.protocol.commit import LogState
 from countersign.services.protocol.driver import Final, settle
 from countersign.services.protocol.errors import ProtocolError
-from countersign.services.protocol.events import Append, CancelledByClient, ReadTail, Settled
-from countersign.services.protocol.subjects import receipt_subject
+from countersign.services.protocol.events import Append, CancelledByClient, ClosedAlready, Fenced, ReadTail, Settled
+from countersign.services.protocol.subjects import commit_subject, receipt_subject
 from countersign.services.runtime.announcer import NOBODY, Announcer
 from countersign.services.runtime.errors import CountersignError, DeadlineExceeded, Unavailable
 from countersign.services.runtime.journal import Journal, WrongSequence
@@ -27,6 +27,10 @@ T = TypeVar("T")
 RETRY_S = 0.2
 GIVE_UP_S = 60.0
 PUBLISH_TIMEOUT_S = 5.0
+
+
+class LogMovedOn(Exception):
+    """A record has come that this session has not read."""
 
 
 class Committer:
@@ -98,31 +102,49 @@ class Committer:
         """Receipt, then Closed. A cancel that comes in between wins: then once more, as cancelled."""
         writer = session.writer
         while session.finish is not None:
-            reason, digest = session.finish, b""
+            reason, digest, moved = session.finish, b"", False
             try:
                 digest = await self._receipt(session, writer.log, reason)
+            except LogMovedOn:
+                # Somebody else's record says whether the request is still this session's.
+                await self._settle(session, ReadTail(writer.log.sequence))
+                moved = True
             except (VerificationError, CountersignError) as error:
                 self._log.exception("no receipt could be made request=%s", session.request_id)
                 session.message = f"no receipt could be made: {error}"
                 if reason != FinishReason.FINISH_REASON_CANCELLED:
                     reason = FinishReason.FINISH_REASON_ERROR
-            if isinstance(writer.stop, CancelledByClient) and reason != FinishReason.FINISH_REASON_CANCELLED:
-                session.cancel()  # learned while the receipt was on its way: the log may only close as cancelled
-                continue
-            close = writer.close(reason, receipt_sha256=digest, message=session.message)
-            final = await self._settle(session, close)
-            if not isinstance(final, CancelledByClient):
+            # Learned while the receipt was on its way: the log is another's, or may only close as cancelled.
+            if isinstance(writer.stop, Fenced | ClosedAlready):
                 return
-            session.cancel()
+            if isinstance(writer.stop, CancelledByClient) and reason != FinishReason.FINISH_REASON_CANCELLED:
+                session.cancel()
+            elif moved:
+                await asyncio.sleep(RETRY_S)  # the replica that was read lags behind
+            else:
+                close = writer.close(reason, receipt_sha256=digest, message=session.message)
+                if not isinstance(await self._settle(session, close), CancelledByClient):
+                    return
+                session.cancel()
 
     async def _receipt(self, session: Session, log: LogState, reason: FinishReason.ValueType) -> bytes:
-        """Make and store the receipt of the log as it stands; its digest."""
+        """Make and store the receipt of the log as it stands; its digest.
+
+        Raises:
+            LogMovedOn: it stands otherwise: whoever has lost the request must not store a receipt over its owner's.
+        """
         data = self._receipts.make(log, reason, session.started_unix_ms, self._wall_ms())
         digest = receipt_digest(data)
         subject = receipt_subject(session.request_id)
 
         async def publish() -> int:
             last = await self._journal.last(subject)
+            if last is not None and last.data == data:
+                return last.sequence  # its ack was lost
+            # In this order: a receipt that an owner after this one stores is then seen above, or refuses this one.
+            newest = await self._journal.last(commit_subject(session.request_id))
+            if newest is None or newest.sequence != log.sequence:
+                raise LogMovedOn
             expected = last.sequence if last is not None else 0
             return await self._journal.append(subject, data, expected=expected, timeout=PUBLISH_TIMEOUT_S)
 
@@ -136,7 +158,7 @@ class Committer:
         await self._announcer.announce(session.party.says(log.sequence, receipt_made=made))
         return digest
 
-    async def _settle(self, session: Session, effect: Append | None) -> Final:
+    async def _settle(self, session: Session, effect: Append | ReadTail | None) -> Final:
         writer, first = session.writer, [effect]
 
         def go_on() -> Awaitable[Final]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from countersign.services.engine.ranks.load import load_ranked_model
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import Tokenizer
 from countersign.services.protocol.commit import replay
-from countersign.services.protocol.errors import LogError, NotOwner
+from countersign.services.protocol.errors import EpochShared, LogError, NotOwner
 from countersign.services.protocol.events import CancelledByClient
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.protocol.writer import Writer
@@ -137,7 +138,8 @@ class TargetService:
         entries = await self._journal.read(commit_subject(session.request_id), after=writer.log.sequence)
         if writer.in_flight is not None:
             return  # that append will be translated, and find out by itself
-        with translated(LogError, DataLoss, about=f"the log of request {session.request_id} is damaged"):
+        about = f"the log of request {session.request_id} is damaged"
+        with suppress(EpochShared), translated(LogError, DataLoss, about=about):  # who shares its epoch has stopped
             writer.tail(entries)
         if isinstance(writer.stop, CancelledByClient):
             session.cancel()
