@@ -8,6 +8,11 @@ def commit_subject(request_id: str) -> str:
     return f"cs.v1.commit.{request_id}"
 
 
+def request_of(subject: str) -> str:
+    """The request whose token log this is."""
+    return subject.rpartition(".")[2]
+
+
 def receipt_subject(request_id: str) -> str:
     """Its receipt, without openings."""
     return f"cs.v1.receipt.{request_id}"

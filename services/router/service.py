@@ -11,12 +11,12 @@ from contextlib import aclosing
 from google.protobuf.descriptor import ServiceDescriptor
 
 from countersign import __version__
-from countersign.services.protocol.commit import LogState, replay
+from countersign.services.protocol.commit import LogState, decode, replay
 from countersign.services.protocol.driver import settle
 from countersign.services.protocol.errors import LogError, RequestIdTaken
 from countersign.services.protocol.events import ClosedAlready, Settled
 from countersign.services.protocol.opener import Opener
-from countersign.services.protocol.subjects import commit_subject
+from countersign.services.protocol.subjects import commit_subject, request_of
 from countersign.services.router import admission
 from countersign.services.router.following import Follower
 from countersign.services.router.placing import Placer
@@ -39,7 +39,7 @@ from countersign.services.runtime.errors import (
 from countersign.services.runtime.journal import Entry
 from countersign.services.runtime.service import Call, Context
 from countersign.v1 import router_pb2
-from countersign.v1.commit_pb2 import Opened
+from countersign.v1.commit_pb2 import Closed, Opened
 from countersign.v1.registry_pb2 import Instance
 from countersign.v1.router_pb2 import (
     CancelRequest,
@@ -61,6 +61,7 @@ from countersign.v1.target_pb2 import RefreshRequest, RefreshResponse
 CALL_TIMEOUT_S = 5.0
 CANCEL_WAIT_S = 5.0
 LAG_LOOKS, LAG_PAUSE_S = 20, 0.1
+ADOPT_PAUSE_S = 5.0
 DEFAULT_TENANT = "default"
 
 
@@ -84,7 +85,25 @@ class RouterService:
         self._orphans = Background()
 
     async def run(self) -> None:
+        """See to the requests that a router left behind: nobody else may be following them."""
+        while not await self._adopted():  # noqa: ASYNC110  it asks the server, which offers no event
+            await asyncio.sleep(ADOPT_PAUSE_S)
         await asyncio.Event().wait()
+
+    async def _adopted(self) -> bool:
+        """Whether all logs could be looked at; the open ones are followed from then on."""
+        left: list[str] = []
+        try:
+            for subject in await self._journal.subjects():
+                entry = await self._journal.last(subject)
+                if entry is not None and not isinstance(decode(entry.data)[1], Closed):
+                    left.append(request_of(subject))
+        except (CountersignError, LogError) as error:
+            self._context.log.warning("the logs could not be looked through, trying again error=%s", error)
+            return False
+        for request_id in left:
+            self._orphans.spawn(self._look_after(request_id))
+        return True
 
     async def close(self) -> None:
         await self._orphans.cancel()

@@ -174,6 +174,22 @@ class Journal:
         message = reply["message"]
         return Entry(int(message["seq"]), base64.b64decode(message.get("data", "")))
 
+    async def subjects(self) -> list[str]:
+        """Of all logs in CS_COMMITS that are kept, in no order.
+
+        Raises:
+            Unavailable, DeadlineExceeded: JetStream does not answer.
+        """
+        found: list[str] = []
+        api = f"$JS.API.STREAM.INFO.{COMMITS}"
+        while True:
+            query = json.dumps({"subjects_filter": f"{_COMMIT}*", "offset": len(found)}).encode()
+            reply = reply_of(await self._bus.request(api, query, {}, _TIMEOUT_S), api)
+            page = reply["state"].get("subjects") or {}
+            found += page
+            if not page or len(found) >= int(reply.get("total", 0)):
+                return found
+
     async def tail(self, subject: str, *, after: int = 0) -> AsyncGenerator[Entry]:
         """Every entry with a sequence over ``after``, as it comes, without gap, repeat or end. Close it when done.
 

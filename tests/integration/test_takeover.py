@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from countersign.client import Client, Finished, FinishReason, Tokens
 from countersign.services.protocol.commit import LogState, replay
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.registry import Registry
 from countersign.verify.audit import audit
@@ -155,3 +157,23 @@ async def test_a_request_past_its_deadline_is_closed_though_its_target_hangs(sta
             elif isinstance(event, Finished):
                 reason = event.reason
     assert reason is FinishReason.DEADLINE
+
+
+async def test_a_request_that_everybody_has_left_is_still_answered(stage: Stage) -> None:
+    request_id = "left"
+    async with Client(stage.running.router, reconnects=0) as client:
+        with suppress(CountersignError):
+            async for event in client.generate(
+                PROMPT, request_id=request_id, max_tokens=LENGTH, ignore_eos=True, seed=8, on_disconnect="continue"
+            ):
+                if isinstance(event, Tokens):
+                    routers = {router.pid for router in stage.registry.live("router")}
+                    targets = {target.pid for target in stage.registry.live("target")}
+                    for pid in routers | targets:
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+    assert (await stage.log(request_id)).closed is None
+    async with asyncio.timeout(60):
+        while (await stage.log(request_id)).closed is None:  # noqa: ASYNC110  nobody follows it who could be asked
+            await asyncio.sleep(0.1)
+    assert len((await stage.log(request_id)).token_ids) == LENGTH

@@ -66,6 +66,11 @@ class JetStream:
         message = self.subjects[subject][-1]
         return {"message": {"seq": message.sequence, "data": base64.b64encode(message.data).decode()}}
 
+    def get_info(self, prefix: str) -> dict[str, Any]:
+        """The leader's answer about the subjects of a stream."""
+        subjects = {name: len(messages) for name, messages in self.subjects.items() if name.startswith(prefix)}
+        return {"state": {"subjects": subjects}, "total": len(subjects)}
+
     def get_batch(self, subject: str, first: int, until: float, most: int) -> list[Msg]:
         """A replica's answer, one that knows what was stored until then: at most so many messages, and the end."""
         known = [each for each in self.subjects.get(subject, []) if each.sequence >= first and each.at <= until]

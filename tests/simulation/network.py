@@ -143,6 +143,8 @@ class Network:
             answer(self._read(subject, json.loads(data)))
 
     def _read(self, api: str, query: Mapping[str, Any]) -> list[Msg]:
+        if "STREAM.INFO" in api:
+            return [jetstream.reply(self.stream.get_info(COMMIT))]
         if "STREAM.MSG.GET" in api:
             return [jetstream.reply(self.stream.get_last(query["last_by_subj"]))]
         lag = self.rng.uniform(0, 0.5) if self.chance(self.noise.stale) else 0.0
