@@ -142,6 +142,20 @@ async def test_many_answers_survive_the_death_of_a_target(stage: Stage) -> None:
     assert [one.token_ids for one in await asyncio.gather(*answers)] == [one.token_ids for one in whole]
 
 
+async def test_a_rolling_restart_under_load_is_a_pause_for_nobody_but_the_clock(stage: Stage) -> None:
+    whole = await asyncio.gather(*(told(stage, f"still-{seed}", seed) for seed in range(8)))
+    answers = [asyncio.create_task(told(stage, f"rolling-{seed}", seed)) for seed in range(8)]
+    for pid in {target.pid for target in stage.registry.live("target")}:
+        async with asyncio.timeout(30):
+            while not (await stage.log("rolling-7")).token_ids:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        os.kill(pid, signal.SIGTERM)
+        await stage.complete()
+    assert [one.token_ids for one in await asyncio.gather(*answers)] == [one.token_ids for one in whole]
+    epochs = [(await stage.log(f"rolling-{seed}")).epoch for seed in range(8)]
+    assert max(epochs) >= 2, "no answer was moved"
+
+
 async def test_a_request_past_its_deadline_is_closed_though_its_target_hangs(stage: Stage) -> None:
     # With every target asleep, only the router is left to close it.
     reason = None
