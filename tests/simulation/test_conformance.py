@@ -140,9 +140,9 @@ async def compare(real: Real, drawn: list[Publish | Read | Last]) -> None:
                 api = f"$JS.API.STREAM.MSG.GET.{STREAMS[prefix]}"
                 answer = json.loads((await real.bus.request(api, query.encode(), {}, 5)).data)
                 assert essence(answer) == essence(sim.get_last(subject))
-    query = json.dumps({"subjects_filter": f"{COMMIT}*"}).encode()
-    answer = json.loads((await real.bus.request(f"$JS.API.STREAM.INFO.{COMMITS}", query, {}, 5)).data)
-    mine = {name: count for name, count in answer["state"].get("subjects", {}).items() if f".x{example}-" in name}
+    which = json.dumps({"subjects_filter": f"{COMMIT}*"}).encode()
+    listed = json.loads((await real.bus.request(f"$JS.API.STREAM.INFO.{COMMITS}", which, {}, 5)).data)
+    mine = {name: count for name, count in listed["state"].get("subjects", {}).items() if f".x{example}-" in name}
     assert mine == sim.get_info(COMMIT)["state"]["subjects"]
     async with asyncio.timeout(5):
         while len(real.republished) < len(sent):  # noqa: ASYNC110
