@@ -355,6 +355,7 @@ async def test_each_command_explains_its_own_options(command: Command, name: str
         "up": "--set",
         "demo": "--json",
         "bench": "--quick",
+        "spec": "replay",
     }[name] in result.out
 
 

@@ -173,21 +173,23 @@ async def test_a_request_past_its_deadline_is_closed_though_its_target_hangs(sta
     assert reason is FinishReason.DEADLINE
 
 
-async def test_a_request_that_everybody_has_left_is_still_answered(stage: Stage) -> None:
-    request_id = "left"
-    async with Client(stage.running.router, reconnects=0) as client:
+async def test_a_request_that_everybody_has_left_is_still_answered(tmp_path: Path) -> None:
+    running = start_stack(tmp_path / "data")  # its router comes back at another address
+    bus = await Bus.connect(running.nats, "test")
+    async with Registry(bus) as registry, Client(running.router, reconnects=0) as client:
+        stage = Stage(running, Journal(bus), registry)
         with suppress(CountersignError):
             async for event in client.generate(
-                PROMPT, request_id=request_id, max_tokens=LENGTH, ignore_eos=True, seed=8, on_disconnect="continue"
+                PROMPT, request_id="left", max_tokens=LENGTH, ignore_eos=True, seed=8, on_disconnect="continue"
             ):
                 if isinstance(event, Tokens):
-                    routers = {router.pid for router in stage.registry.live("router")}
-                    targets = {target.pid for target in stage.registry.live("target")}
-                    for pid in routers | targets:
+                    for pid in {one.pid for kind in ("router", "target") for one in registry.live(kind)}:
                         with suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
-    assert (await stage.log(request_id)).closed is None
-    async with asyncio.timeout(60):
-        while (await stage.log(request_id)).closed is None:  # noqa: ASYNC110  nobody follows it who could be asked
-            await asyncio.sleep(0.1)
-    assert len((await stage.log(request_id)).token_ids) == LENGTH
+        assert (await stage.log("left")).closed is None
+        async with asyncio.timeout(60):
+            while (await stage.log("left")).closed is None:  # noqa: ASYNC110  nobody follows it who could be asked
+                await asyncio.sleep(0.1)
+        assert len((await stage.log("left")).token_ids) == LENGTH
+    await bus.close()
+    assert stop_stack(running) == 0
