@@ -56,6 +56,7 @@ class SidecarService:
         self._records = self._events = 0
         self._violations: deque[Violation] = deque(maxlen=MOST_FAULTS)
         self._violation_count = 0
+        self._dropped = 0
         meter = metrics.get_meter("countersign")
         self._counter = meter.create_counter("countersign.protocol.violations", unit="{violation}")
 
@@ -103,6 +104,8 @@ class SidecarService:
         try:
             await self._take(watched, sequence, msg.data)
         except BrokenChain:
+            # Of a request that is older than this process nobody repeats what its parties said.
+            watched.whole = watched.whole and watched.monitor.log.records > 0
             await self._catch_up(watched)
 
     async def _catch_up(self, watched: Watched) -> None:
@@ -136,17 +139,27 @@ class SidecarService:
             self._events += 1
             watched = self._watch.request(event.request_id)
             watched.events.append(event)
-            await self._report(watched, watched.monitor.event(event))
+            faults = watched.monitor.event(event)
+            if watched.whole:
+                await self._report(watched, faults)
 
     async def _look(self) -> None:
         """What has waited too long, and what is over."""
         now = time.monotonic()
-        for watched in self._watch.all():
-            if not watched.monitor.settled:
-                await self._report(watched, watched.monitor.overdue(now, PATIENCE_S))
-            if self._record and watched.closed_at and not watched.written and now - watched.closed_at > LINGER_S:
-                watched.written = True
-                await self._store(watched, "runs")
+        if self._bus.dropped > self._dropped:
+            self._dropped = self._bus.dropped
+            self._log.warning("messages were dropped: of what is open only the logs are judged")
+            for watched in self._watch.restless():
+                watched.whole = False
+        for watched in self._watch.restless():
+            overdue = watched.monitor.overdue(now, PATIENCE_S)
+            if watched.whole:
+                await self._report(watched, overdue)
+            if watched.closed_at and now - watched.closed_at > LINGER_S:
+                self._watch.rests(watched)
+                if self._record and watched.whole and not watched.written:
+                    watched.written = True
+                    await self._store(watched, "runs")
 
     async def _report(self, watched: Watched, faults: list[Fault]) -> None:
         for fault in watched.news(faults):
@@ -176,9 +189,10 @@ class SidecarService:
     async def _store(self, watched: Watched, kind: str) -> str:
         """The run's file, below ``folder``; empty when it could not be written."""
         file = self._folder / kind / f"{watched.monitor.log.request_id}.jsonl"
-        text = write_run(watched.run)
+        run = watched.run
 
         def write() -> None:
+            text = write_run(run)
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
             partial.write_text(text)

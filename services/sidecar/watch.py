@@ -14,7 +14,9 @@ MOST_FAULTS = 100
 
 @dataclass(slots=True)
 class Watched:
-    """One request. ``told``: what was found, each property once, for one bug shows in many steps."""
+    """One request. ``told``: what was found, each property once, for one bug shows in many steps. ``whole``: all that
+    was said of it came here; of one that was met in its middle, only the log can be judged.
+    """
 
     monitor: Monitor
     records: list[Record] = field(default_factory=list)
@@ -22,6 +24,7 @@ class Watched:
     told: set[str] = field(default_factory=set)
     closed_at: float = 0.0
     written: bool = False
+    whole: bool = True
 
     @property
     def run(self) -> Run:
@@ -40,6 +43,7 @@ class Watch:
     def __init__(self, most: int) -> None:
         self._most = most
         self._requests: OrderedDict[str, Watched] = OrderedDict()
+        self._restless: dict[str, Watched] = {}
         self.seen = 0
 
     def find(self, request_id: str) -> Watched | None:
@@ -51,8 +55,18 @@ class Watch:
             self.seen += 1
             self._requests[request_id] = Watched(Monitor(request_id))
             if len(self._requests) > self._most:
-                self._requests.popitem(last=False)
+                oldest, _ = self._requests.popitem(last=False)
+                self._restless.pop(oldest, None)
+        self._restless[request_id] = self._requests[request_id]
         return self._requests[request_id]
+
+    def restless(self) -> list[Watched]:
+        """Those that something has come for since they were last at rest."""
+        return list(self._restless.values())
+
+    def rests(self, watched: Watched) -> None:
+        """Nothing of it waits."""
+        self._restless.pop(watched.monitor.log.request_id, None)
 
     def all(self) -> list[Watched]:
         return list(self._requests.values())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
-from countersign.client import Answer, Client
+from countersign.client import Answer, Client, Tokens
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.config import load
 from countersign.services.runtime.errors import DataLoss, NotFound
@@ -103,3 +105,22 @@ async def test_a_bug_that_was_planted_is_reported_with_evidence_that_the_specifi
     verdict = replay(read_run(whole))
     assert not verdict.accepted
     assert "nothing explains" in verdict.first
+
+
+async def test_a_sidecar_that_starts_in_the_middle_of_an_answer_raises_no_false_alarm(tmp_path: Path) -> None:
+    async with stack(tmp_path / "data") as running, Client(running.router_address) as client:
+        first = running.pid("sidecar") or 0
+        asked = client.generate("def f(", max_tokens=1900, ignore_eos=True, seed=1, drafting="off", request_id="middle")
+        async for event in asked:
+            if isinstance(event, Tokens) and psutil.pid_exists(first):
+                os.kill(first, signal.SIGKILL)
+        bus = await Bus.connect(running.nats_url, "test")
+        async with asyncio.timeout(30):
+            while running.pid("sidecar") in {None, first} or not running.address("sidecar"):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await answer(running, "after")
+        await asyncio.sleep(1)  # as long as a fault may take to be told
+        seen = await violations(running, bus)
+        assert seen.requests >= 1
+        assert list(seen.violations) == []
+        await bus.close()

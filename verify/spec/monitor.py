@@ -189,7 +189,9 @@ class Monitor:
         if sent.position != self._streams[event.party]:
             what = f"sent tokens from {sent.position} on to a client that has {self._streams[event.party]}"
             yield Fault("Agreement", f"{event.party} {what}")
-        elif end > self._tokens(event.known) or self.log.token_ids[sent.position : end] != tuple(sent.token_ids):
+        elif end > self._tokens(event.known) or self.log.tokens.ids(sent.position)[: end - sent.position] != tuple(
+            sent.token_ids
+        ):
             yield Fault("Agreement", f"{event.party} sent tokens {sent.position} to {end} that are not committed so")
         self._streams[event.party] = end
 
