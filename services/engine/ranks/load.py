@@ -29,7 +29,7 @@ def load_ranked_model(
 
     Args:
         folder: as :func:`load_model`; every rank reads it.
-        ranks: processes; they start now, and anew with the first step after one is lost.
+        ranks: processes; they start now, and anew once one is lost and the cache has forgotten what it held.
         tokens: that the cache holds, over all ranks.
         unit: consecutive tokens that one rank keeps, 64 times a power of two; 0: by the context's length.
         dtype: of weights and cache.
