@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Protocol
+from typing import Any, Protocol
 
 from google.protobuf.message import DecodeError
 
@@ -167,7 +167,10 @@ class LogState:
         Raises:
             LogError: the record may not stand here; the kind and its evidence say why.
         """
-        record, payload = decode(data)
+        return self.follow(sequence, *decode(data), record_digest(data))
+
+    def follow(self, sequence: int, record: CommitRecord, payload: Payload, digest: bytes) -> LogState:
+        """As :meth:`apply`, of a record that is decoded already; ``digest`` is that of its bytes."""
         if record.request_id != self.request_id:
             raise WrongRequest("a record of another request", found=record.request_id, expected=self.request_id)
         if sequence <= self.sequence:
@@ -180,7 +183,8 @@ class LogState:
                 expected=self.digest,
             )
         self.check(payload)
-        return replace(self._after(payload), sequence=sequence, digest=record_digest(data), records=self.records + 1)
+        changes = self._changes(payload)
+        return replace(self, sequence=sequence, digest=digest, records=self.records + 1, **changes)
 
     def check(self, payload: Payload) -> None:
         """Whether ``payload`` may follow.
@@ -229,31 +233,31 @@ class LogState:
                 "Closed bills what the log does not hold", found=str(closed.usage), expected=str(self.usage())
             )
 
-    def _after(self, payload: Payload) -> LogState:
+    def _changes(self, payload: Payload) -> dict[str, Any]:
+        """The fields that a record changes."""
         match payload:
             case Opened():
-                return replace(self, opened=payload)
+                return {"opened": payload}
             case Assigned():
-                return replace(self, epoch=payload.epoch, instance=payload.instance, epoch_passes=0)
+                return {"epoch": payload.epoch, "instance": payload.instance, "epoch_passes": 0}
             case Extended():
-                return self._after_extended(payload)
+                return self._extended(payload)
             case Cancelled():
-                return replace(self, cancelled=payload)
+                return {"cancelled": payload}
             case Closed():
-                return replace(self, closed=payload)
+                return {"closed": payload}
 
-    def _after_extended(self, extended: Extended) -> LogState:
+    def _extended(self, extended: Extended) -> dict[str, Any]:
         # A take-over prefills the prompt once more; what the first prefill found is what the client is told.
         cached = extended.cached_prompt_tokens if self.passes == 0 else self.cached_prompt_tokens
-        return replace(
-            self,
-            tokens=self.tokens.extended(extended.token_ids, extended.accepted),
-            drafted=self.drafted + extended.drafted,
-            accepted=self.accepted + extended.accepted,
-            passes=self.passes + 1,
-            cached_prompt_tokens=cached,
-            epoch_passes=self.epoch_passes + 1,
-        )
+        return {
+            "tokens": self.tokens.extended(extended.token_ids, extended.accepted),
+            "drafted": self.drafted + extended.drafted,
+            "accepted": self.accepted + extended.accepted,
+            "passes": self.passes + 1,
+            "cached_prompt_tokens": cached,
+            "epoch_passes": self.epoch_passes + 1,
+        }
 
 
 def check_pass(opened: Opened, extended: Extended, *, first: bool) -> None:

@@ -14,15 +14,16 @@ MOST_FAULTS = 100
 
 @dataclass(slots=True)
 class Watched:
-    """One request. ``told``: what was found, each property once, for one bug shows in many steps. ``whole``: all that
-    was said of it came here; of one that was met in its middle, only the log can be judged.
+    """One request. ``faults``: what was found and not told; ``told``: each property once, for one bug shows in many
+    steps. ``whole``: all that was said of it came here; of one that was met in its middle, only the log can be judged.
     """
 
     monitor: Monitor
     records: list[Record] = field(default_factory=list)
     events: list[ProtocolEvent] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
     told: set[str] = field(default_factory=set)
-    closed_at: float = 0.0
+    closed_at: float | None = None
     written: bool = False
     whole: bool = True
 
@@ -30,9 +31,10 @@ class Watched:
     def run(self) -> Run:
         return Run(self.monitor.log.request_id, tuple(self.records), tuple(self.events))
 
-    def news(self, faults: list[Fault]) -> list[Fault]:
-        """Those whose property was not told yet."""
-        fresh = {fault.property: fault for fault in faults if fault.property not in self.told}
+    def news(self) -> list[Fault]:
+        """Those whose property was not told yet; they are told now."""
+        fresh = {fault.property: fault for fault in self.faults if fault.property not in self.told}
+        self.faults.clear()
         self.told |= fresh.keys()
         return list(fresh.values())
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from countersign.services.protocol import errors
-from countersign.services.protocol.commit import LogState, decode
+from countersign.services.protocol.commit import LogState, decode, record_digest
 from countersign.v1.commit_pb2 import Closed, Extended
 from countersign.v1.event_pb2 import Delivered, ProtocolEvent, ReceiptMade, Sampled
 from countersign.v1.sampling_pb2 import FINISH_REASON_CANCELLED
@@ -89,12 +89,12 @@ class Monitor:
         if sequence <= self.log.sequence:
             return []
         try:
-            after = self.log.apply(sequence, data)
+            stored, payload = decode(data)
+            after = self.log.follow(sequence, stored, payload, record_digest(data))
         except errors.BrokenChain:
             raise
         except errors.LogError as error:
             return [Fault(PROPERTY_OF.get(type(error), "Lawful"), f"record {sequence} may not stand there: {error}")]
-        payload = decode(data)[1]
         self.log = after
         self._ends.append((sequence, len(after.tokens)))
         match payload:
