@@ -105,8 +105,20 @@ class Ran:
     results: Sequence[Result]
 
 
+@dataclass(slots=True)
+class Sharing:
+    """How prompts were computed since the start: ``computed`` tokens, ``adopted`` tokens whose pages were there, and
+    ``joined`` of these for which a request left a pass out, since another computed them; ``waits``: how often.
+    """
+
+    computed: int = 0
+    adopted: int = 0
+    joined: int = 0
+    waits: int = 0
+
+
 class Engine:
-    """All requests of one model and cache."""
+    """All requests of one model and cache. Prompts that begin alike are computed once: ``sharing`` counts it."""
 
     @staticmethod
     def of(model: Model, cache: PagedCache, budget: int = 512, chunk: int = 256, most: int = 1024) -> Engine:
@@ -119,6 +131,7 @@ class Engine:
         self._runner = Runner(model, cache)
         self._generations: dict[str, Generation] = {}
         self._over: deque[Generation] = deque()
+        self.sharing = Sharing()
 
     def __len__(self) -> int:
         return len(self._generations)
@@ -136,8 +149,9 @@ class Engine:
         wanted, limit = generation, self._runner.model.config.context_length
         if len(wanted.tokens) + wanted.max_tokens > limit:
             raise ContextExceeded(len(wanted.tokens) + wanted.max_tokens, limit)
+        length, keys = len(wanted.tokens), tuple(wanted.keys)
         self.scheduler.submit(
-            Request(wanted.id, wanted.tenant, wanted.priority, len(wanted.tokens), wanted.max_tokens, wanted.deadline)
+            Request(wanted.id, wanted.tenant, wanted.priority, length, wanted.max_tokens, wanted.deadline, keys)
         )
         self._generations[generation.id] = generation
 
@@ -162,7 +176,7 @@ class Engine:
         }
         lengths = {name: len(draft) for name, draft in drafts.items()}
         plan = self.scheduler.plan(now, self.cache.free_tokens // PAGE_TOKENS, lengths)
-        named = (*plan.decodes, *plan.prefills, *plan.admitted, *plan.preempted)
+        named = (*plan.decodes, *plan.prefills, *plan.admitted, *plan.preempted, *plan.joining)
         generations = {name: self._generations[name] for name in named}
         for name in plan.expired:
             self.remove(name)
@@ -170,7 +184,8 @@ class Engine:
         return Step(plan, generations, granted)
 
     def run(self, step: Step, skip: Collection[str] = ()) -> Ran:
-        """Computes a pass. Those of ``skip`` that are admitted get no prefill: their KV comes from elsewhere.
+        """Computes a pass; what it computes of prompts is shared at once. Those of ``skip`` that are admitted get no
+        prefill: their KV comes from elsewhere.
 
         Raises:
             RankLost: nothing was computed; ``requeue``, ``forget``, and go on.
@@ -190,9 +205,14 @@ class Engine:
             for (name, work), outcome in zip(works.items(), outcomes, strict=True)
             if work.samples or outcome.error
         ]
-        for result in results:
-            if result.generation.id in step.plan.prefills and not result.outcome.error:
-                self._publish(result.generation)
+        for (name, work), outcome in zip(works.items(), outcomes, strict=True):
+            if name in step.plan.prefills:
+                self.sharing.computed += len(work.token_ids)
+                if outcome.sound:
+                    self._publish(live[name])
+        for name in step.plan.joining:
+            if name in live and name not in skip:
+                adopted[name] = self._join(live[name])
         computed = {name: work.sequence.length for name, work in works.items()}
         return Ran(computed, {name: tokens for name, tokens in adopted.items() if name not in skip}, results)
 
@@ -252,10 +272,23 @@ class Engine:
     def _adopt(self, generation: Generation) -> int:
         """Opens a request's sequence with the pages that others computed; at least one token is left to feed."""
         generation.sequence = self.cache.sequence()
-        usable = (len(generation.tokens) - 1) // PAGE_TOKENS
-        adopted = self.cache.adopt(generation.sequence, generation.keys[:usable])
+        adopted = self.cache.adopt(generation.sequence, _usable(generation))
         generation.cached = max(generation.cached, min(adopted, generation.prompt_tokens))
+        self.sharing.adopted += adopted
         return adopted
+
+    def _join(self, generation: Generation) -> int:
+        """Adopts what others have computed meanwhile, behind what it has; how much it then has."""
+        sequence = generation.sequence
+        if sequence is None:
+            return 0
+        before = sequence.length
+        after = self.cache.adopt(sequence, _usable(generation))
+        generation.cached = min(generation.cached + after - before, generation.prompt_tokens)
+        self.sharing.waits += 1
+        self.sharing.joined += after - before
+        self.sharing.adopted += after - before
+        return after
 
     def _publish(self, generation: Generation) -> None:
         """Lets others have the pages whose keys are known."""
@@ -264,15 +297,24 @@ class Engine:
             self.cache.publish(generation.sequence, generation.keys[:full])
 
 
+def _usable(generation: Generation) -> Sequence[bytes]:
+    """Keys of the pages that it may adopt: at least one token is left to feed."""
+    return generation.keys[: (len(generation.tokens) - 1) // PAGE_TOKENS]
+
+
 def _work(generation: Generation, count: int, draft: Draft) -> Work:
-    """``count`` tokens at most, then the draft; a sample is wanted if these are all that are known."""
+    """``count`` tokens at most, then the draft; a sample is wanted if these are all that are known, else a proof that
+    the numbers are finite if there are pages to share.
+    """
     sequence = generation.sequence
     if sequence is None:
         raise AssertionError(f"request {generation.id} runs and was never admitted")
     fed = generation.tokens[sequence.length : sequence.length + count]
     samples = sequence.length + len(fed) == len(generation.tokens)
     masks = generation.constraint.masks(draft) if samples and generation.constraint is not None else None
-    return Work(sequence, fed, generation.sampling, draft, samples, masks)
+    first, end = sequence.length // PAGE_TOKENS, (sequence.length + len(fed)) // PAGE_TOKENS
+    proves = not samples and first < min(end, len(generation.keys))
+    return Work(sequence, fed, generation.sampling, draft, samples, proves, masks)
 
 
 def complete(engine: Engine, generations: Iterable[Generation]) -> None:

@@ -123,11 +123,12 @@ class PageAllocator:
             pages.append(page)
         return pages
 
-    def adopt(self, keys: Sequence[bytes]) -> list[int]:
-        """``find``, counted and retained."""
+    def adopt(self, keys: Sequence[bytes], own: Sequence[int] = ()) -> list[int]:
+        """``find``, counted and retained: the pages behind ``own``, none if those are not the first that it finds."""
         pages = self.find(keys)
+        pages = pages[len(own) :] if pages[: len(own)] == list(own) else []
         self._hits += len(pages)
-        self._misses += len(keys) - len(pages)
+        self._misses += len(keys) - len(own) - len(pages)
         self.retain(pages)
         return pages
 
@@ -385,19 +386,22 @@ class PagedCache:
         sequence.written, sequence.capacity = length, len(sequence.pages) * PAGE_TOKENS
 
     def adopt(self, sequence: CachedSequence, keys: Sequence[bytes]) -> int:
-        """Gives an empty sequence the longest run of indexed pages under these chained keys.
+        """Gives a sequence the longest run of indexed pages under these chained keys, of which its own are the first.
 
         Returns:
             the tokens that it then holds.
 
         Raises:
-            InvalidSpan: the sequence is closed or not empty; nothing changed.
+            InvalidSpan: the sequence is closed or does not end with a full page; nothing changed.
         """
-        if sequence.length or not self.holds(sequence):
+        if sequence.length % PAGE_TOKENS or not self.holds(sequence):
             raise InvalidSpan(f"a sequence of {sequence.length} tokens, or a closed one, cannot adopt a prefix")
-        sequence.truncate(0)
-        self._assign(sequence, 0, self._allocator.adopt(keys))
-        sequence.length = sequence.written = len(sequence.pages) * PAGE_TOKENS
+        sequence.truncate(sequence.length)
+        found = self._allocator.adopt(keys, sequence.pages)
+        if found:
+            self._assign(sequence, len(sequence.pages), found)
+            sequence.length = sequence.written = len(sequence.pages) * PAGE_TOKENS
+            sequence.capacity = 0
         return sequence.length
 
     def publish(self, sequence: CachedSequence, keys: Sequence[bytes]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from countersign.services.engine.errors import EngineError, RankLost
 from countersign.services.engine.kv import CachedSequence, PagedCache
@@ -19,8 +22,9 @@ _NO_DRAFT = Draft()
 class Work:
     """Tokens of one sequence to compute: ``token_ids``, the next of those known, then the draft's proposals.
 
-    ``samples``: all known tokens are then computed, and the next one is wanted. ``allowed``: None, or a mask or None
-    for the token after the last known one and after each proposal (structured decoding).
+    ``samples``: all known tokens are then computed, and the next one is wanted. ``proves``: where it is not, whether
+    the numbers are finite is. ``allowed``: None, or a mask or None for the token after the last known one and after
+    each proposal (structured decoding).
     """
 
     sequence: CachedSequence
@@ -28,6 +32,7 @@ class Work:
     sampling: Sampling = field(default_factory=Sampling)
     draft: Draft = _NO_DRAFT
     samples: bool = True
+    proves: bool = False
     allowed: Sequence[Allowed | None] | None = None
 
 
@@ -35,12 +40,14 @@ class Work:
 class Outcome:
     """New tokens, how many of them are accepted proposals, and why the sequence cannot go on, if so.
 
-    Tokens that come with an error stand before the failure and are good.
+    Tokens that come with an error stand before the failure and are good. ``sound``: the last known token's logits are
+    known to be finite, and with them all numbers that it could see.
     """
 
     token_ids: tuple[int, ...] = ()
     accepted: int = 0
     error: str = ""
+    sound: bool = False
 
 
 class Runner:
@@ -66,10 +73,11 @@ class Runner:
         except EngineError as error:
             return [Outcome(error=str(error))] * len(works)
         asks = [_draws(work, base) for work, base in zip(works, bases, strict=True) if work.samples]
-        sampled, row, outcomes = draw(logits.cpu(), asks, self.model.team), 0, []
+        wanted, proofs = _parted(works, spans, logits.cpu())
+        sampled, row, outcomes = draw(wanted, asks, self.model.team), 0, []
         for work, span, base in zip(works, spans, bases, strict=True):
             if not work.samples:
-                outcomes.append(Outcome())
+                outcomes.append(Outcome(sound=work.proves and bool(torch.isfinite(next(proofs)).all())))
                 continue
             rows = len(work.draft) + 1
             outcomes.append(self._settle(work, span, base, sampled[row : row + rows]))
@@ -84,7 +92,7 @@ class Runner:
             work.sequence.truncate(base + fed + len(walked.path))
         else:
             work.sequence.compact(base, [*range(fed), *(fed + node for node in walked.path)])
-        return Outcome(walked.token_ids, len(walked.path), error)
+        return Outcome(walked.token_ids, len(walked.path), error, sound=not error)
 
     def _failure(self, span: Span, position: int) -> str:
         layer, layers = self.model.first_bad_layer(self.cache, span), self.model.config.layers
@@ -99,8 +107,18 @@ def _span(work: Work) -> Span:
     parents = None
     if draft.parents is not None:
         parents = [*range(-1, fed - 1), *(fed + parent for parent in draft.parents)]
-    logits = len(draft) + 1 if work.samples else 0
+    logits = len(draft) + 1 if work.samples else int(work.proves)
     return Span(work.sequence, [*work.token_ids, *draft.token_ids], logits, parents)
+
+
+def _parted(works: Sequence[Work], spans: Sequence[Span], logits: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+    """The rows to sample from, and one row of each work that proves."""
+    if not any(work.proves for work in works):
+        return logits, iter(())
+    parts = logits.split([span.logits for span in spans])
+    sampled = [part for work, part in zip(works, parts, strict=True) if work.samples]
+    proofs = [part[0] for work, part in zip(works, parts, strict=True) if work.proves]
+    return torch.cat(sampled) if sampled else logits[:0], iter(proofs)
 
 
 def _draws(work: Work, base: int) -> Draws:

@@ -8,13 +8,15 @@ et al., "Fairness in Serving Large Language Models", OSDI 2024), and preempted b
 2. Its tenant: least virtual counter. Its request: earliest deadline, at most ``patience`` ms away; earliest arrival.
 3. Seniority of who runs: priority, one more for each ``aging`` plans of age; plain priority; earliest arrival.
 4. A pass: decodes, all or least recently run first; prefills by seniority; then whoever is admitted; then proposals.
-5. Short of pages: proposals are cut, then least priority (as in 3), most used tenant, latest arrival is preempted, for
+5. Who needs next what the pass computes for somebody before it joins: it waits, and adopts that.
+6. Short of pages: proposals are cut, then least priority (as in 3), most used tenant, latest arrival is preempted, for
    whoever comes before it in that order, but never the most senior.
 
 Nobody starves: who comes next waits for room and is not passed by smaller requests; a priority that nobody is admitted
-from gains on the others; and the most senior always runs, whom only those outrank that arrived early enough, a finite
-number. The services (prompt tokens + 2 * output tokens) of two tenants that both wait at one priority differ by at
-most twice (the longest prompt + 2 * what the requests that run at once may put out).
+from gains on the others; who waits for a block gains it in that very pass, or computes it; and the most senior always
+runs, whom only those outrank that arrived early enough, a finite number. The services (prompt tokens + 2 * output
+tokens) of two tenants that both wait at one priority differ by at most twice (the longest prompt + 2 * what the
+requests that run at once may put out).
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ NO_PROPOSALS: Mapping[str, int] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the scheduler must know of a request. ``deadline`` in ms on the clock that gives ``now``."""
+    """What the scheduler must know of a request. ``deadline`` in ms on the clock that gives ``now``; ``keys``: those of
+    its first full pages, chained, if its pages are shared.
+    """
 
     id: str
     tenant: str
@@ -48,6 +52,7 @@ class Request:
     prompt_tokens: int
     max_tokens: int
     deadline: int | None = None
+    keys: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,7 @@ class Plan:
     tokens that have no KV yet, in order. ``admitted`` run from now on; some are among the prefills already.
     ``preempted`` give all pages back before the next plan, and wait again. ``expired`` are forgotten: their deadline
     is past. This pass needs no page of those preempted or expired: a page that is shared would not come free.
+    ``joining`` compute nothing, since this pass computes what they need next for another: they adopt it afterwards.
     """
 
     decodes: Mapping[str, int]
@@ -65,6 +71,7 @@ class Plan:
     admitted: Sequence[str]
     preempted: Sequence[str]
     expired: Sequence[str]
+    joining: Sequence[str]
 
 
 @dataclass(slots=True, eq=False)
@@ -141,11 +148,13 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Left:
-    """What a plan has still to give, and the chunks it has given."""
+    """What a plan has still to give, the chunks it has given, the blocks in them (index by key), and who joins."""
 
     tokens: int
     pages: int
     chunks: dict[str, int] = field(default_factory=dict)
+    blocks: dict[bytes, int] = field(default_factory=dict)
+    joining: list[str] = field(default_factory=list)
 
 
 class Scheduler:
@@ -153,8 +162,8 @@ class Scheduler:
 
     A step: ask the draft for :meth:`decodes`; :meth:`plan`; take back the pages of those preempted; let those admitted
     adopt a cached prefix (:meth:`adopted`), or :meth:`hold` them while it loads; run the pass, of an adopted prefix
-    less; :meth:`computed` for each that ran; :meth:`remove` what is over. A plan without work that preempted or
-    admitted somebody is followed by another at once.
+    less; let those joining adopt what it computed (:meth:`adopted`); :meth:`computed` for each that ran; :meth:`remove`
+    what is over. A plan without work that preempted or admitted somebody is followed by another at once.
 
     ``budget``: tokens a pass; ``chunk``: prefill tokens of one request a pass, of which the most senior gets up
     to a quarter of the budget whatever the decodes take; ``most``: requests that run at once, however much KV is
@@ -275,13 +284,13 @@ class Scheduler:
                 self._preempt(entry)
 
     def adopted(self, request_id: str, tokens: int) -> None:
-        """A request just admitted got the KV of its first ``tokens`` tokens, whole pages, from elsewhere.
+        """A running request has the KV of its first ``tokens`` tokens, whole pages, those it lacked from elsewhere.
 
         Raises:
-            EngineError: it is not running or has KV already, the pages are not whole, or no token is left to feed.
+            EngineError: it is not running or has more KV already, the pages are not whole, or no token is left to feed.
         """
         entry = self._entry(request_id)
-        if not entry.running or entry.computed or tokens % PAGE_TOKENS or not 0 <= tokens < entry.known:
+        if not entry.running or tokens % PAGE_TOKENS or not entry.computed <= tokens < entry.known:
             raise EngineError(f"request {request_id} cannot adopt {tokens} tokens: {_state(entry)}")
         entry.computed = tokens
 
@@ -325,16 +334,17 @@ class Scheduler:
         wanted = [min(proposals.get(entry.id, 0), self._room) for entry in decodes] if proposals else []
         left = _Left(self._budget - len(decodes) - sum(wanted), pages)
         for entry in prefills:
-            if left.tokens <= 0 and left.chunks:
-                break
-            count = self._feed(entry, left)
-            left.pages -= pages_for(entry.computed + count) - pages_for(entry.computed)
+            if _joins(entry, left):
+                left.joining.append(entry.id)
+            elif left.tokens > 0 or not left.chunks:
+                count = self._feed(entry, left)
+                left.pages -= pages_for(entry.computed + count) - pages_for(entry.computed)
         admitted = [] if stalled else self._admit(left, pages - promised)
         left.tokens = self._budget - len(decodes) - sum(left.chunks.values())
         granted = _grant(decodes, wanted, left) if any(wanted) else dict.fromkeys([e.id for e in decodes], 0)
         for entry in victims:
             self._preempt(entry)
-        return Plan(granted, left.chunks, admitted, [entry.id for entry in victims], expired)
+        return Plan(granted, left.chunks, admitted, [entry.id for entry in victims], expired, left.joining)
 
     def _expire(self, now: int) -> list[str]:
         expired = []
@@ -389,6 +399,8 @@ class Scheduler:
         if count:
             left.chunks[entry.id] = count
             left.tokens -= count
+            keys, first = entry.request.keys, entry.computed // PAGE_TOKENS
+            left.blocks |= {keys[i]: i for i in range(first, min(pages_for(entry.computed + count), len(keys)))}
         return count
 
     def _admit(self, left: _Left, room: int) -> list[str]:
@@ -411,7 +423,10 @@ class Scheduler:
             if not entry.charged:
                 entry.share.counter += PROMPT_WEIGHT * entry.request.prompt_tokens
                 entry.charged = True
-            self._feed(entry, left)
+            if _joins(entry, left):
+                left.joining.append(entry.id)
+            else:
+                self._feed(entry, left)
             # All of them, since it may adopt pages before it computes any.
             left.pages -= pages
             room -= pages
@@ -467,6 +482,16 @@ def pages_for(tokens: int) -> int:
 
 
 _seniority = attrgetter("senior")
+
+
+def _joins(entry: _Entry, left: _Left) -> bool:
+    """Whether this pass computes for another the block it needs next, or a later one: those before that exist then."""
+    # Behind half a page of its own it could not adopt. The last known token is always fed.
+    if entry.computed % PAGE_TOKENS:
+        return False
+    keys, usable = entry.request.keys, (entry.known - 1) // PAGE_TOKENS
+    first, end = entry.computed // PAGE_TOKENS, min(usable, len(keys))
+    return first < end and any(first <= index < end and keys[index] == key for key, index in left.blocks.items())
 
 
 def _grant(decodes: Sequence[_Entry], wanted: Sequence[int], left: _Left) -> dict[str, int]:

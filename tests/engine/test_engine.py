@@ -207,6 +207,57 @@ def test_a_prefix_is_shared_as_soon_as_its_request_has_sampled(model: Model, alo
     assert late.generated == alone.output(3)[:20]
 
 
+def step(engine: Engine) -> Plan:
+    """One pass, with all that it brings."""
+    planned = engine.plan()
+    ran = engine.run(planned)
+    engine.settle(ran, {result.generation.id: kept_of(result) for result in ran.results})
+    return planned.plan
+
+
+@pytest.mark.parametrize("chunk", [16, 20, 256])
+def test_requests_that_come_together_compute_a_shared_prefix_once(model: Model, alone: Alone, chunk: int) -> None:
+    engine = engine_of(model, 1024, chunk=chunk)
+    generations = [generation(number, keys=True) for number in (1, 3, 5, 7)]
+    for each in generations:
+        engine.submit(each)
+    assert step(engine).joining == ["r3", "r5", "r7"]
+    serve(engine, lambda *_: Draft())
+    for number, each in zip((1, 3, 5, 7), generations, strict=True):
+        assert each.generated == alone.output(number)[:20]
+    assert [each.cached for each in generations] == [0, 32, 32, 32]
+    sharing = engine.sharing
+    assert sharing.computed == sum(each.prompt_tokens for each in generations) - 3 * 32
+    assert (sharing.joined, sharing.adopted) == (3 * 32, 3 * 32)
+    assert sharing.waits >= 3
+
+
+def test_who_waits_for_anothers_block_goes_on_alone_when_that_one_leaves(model: Model, alone: Alone) -> None:
+    engine = engine_of(model, 512, chunk=16)
+    for number in (1, 3):
+        engine.submit(generation(number, keys=True))
+    assert step(engine).joining == ["r3"]
+    planned = engine.plan()
+    assert planned.plan.joining == ["r3"]
+    engine.remove("r1")
+    left = planned.generations["r3"]
+    engine.settle(engine.run(planned), {})
+    serve(engine, lambda *_: Draft())
+    assert left.cached == 16
+    assert left.generated == alone.output(3)[:20]
+
+
+def test_tenants_share_nothing_and_wait_for_nobody(model: Model) -> None:
+    engine = engine_of(model, 512, chunk=16)
+    for number, salt in ((1, b"x"), (3, b"y")):
+        each = generation(number, keys=True)
+        each.keys = [salt + key for key in each.keys]
+        engine.submit(each)
+    plans, _ = serve(engine, lambda *_: Draft())
+    assert not any(plan.joining for plan in plans)
+    assert engine.sharing.adopted == 0
+
+
 def test_an_answer_that_goes_on_elsewhere_gets_the_tokens_it_would_have_got(model: Model, alone: Alone) -> None:
     prompt, output = prompt_of(1), alone.output(1)
     moved = Generation("r1", [*prompt, *output[:17]], 23, SAMPLINGS[1], keys=keys_of([*prompt, *output[:17]]))
@@ -301,6 +352,18 @@ def test_a_request_of_bad_numbers_fails_alone_and_shares_no_page(poisoned: Model
     assert len(good.generated) == 20
     assert engine.cache.stats().cached == 0
     engine.check()
+    together = [Generation(name, prompt, 9, keys=keys_of(prompt)) for name in ("one", "two")]
+    for each in together:
+        engine.submit(each)
+    assert step(engine).joining == ["two"]
+    while any(each.id in engine for each in together):
+        ran = engine.run(engine.plan())
+        engine.settle(ran, {})
+        for result in ran.results:
+            assert "not finite" in result.outcome.error
+            engine.remove(result.generation.id)
+    assert engine.sharing.joined == 0
+    engine.sweep()
     with pytest.raises(EngineError, match=r"request bad: .*not finite"):
         complete(engine, [bad_again := Generation("bad", prompt, 9, keys=keys_of(prompt))])
     assert bad_again.cached == 0

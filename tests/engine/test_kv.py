@@ -256,7 +256,37 @@ def test_pages_that_are_not_full_or_belong_under_other_keys_are_not_published() 
     cache.check_integrity()
 
 
-def test_only_an_empty_sequence_adopts_and_a_closed_one_does_nothing() -> None:
+def test_a_sequence_of_full_pages_adopts_what_follows_them() -> None:
+    cache = PagedCache(CONFIG, "fp32", 16 * 16)
+    first = filled(cache, 64)
+    cache.publish(first, KEYS[:4])
+    behind = cache.sequence()
+    assert cache.adopt(behind, KEYS[:1]) == 16
+    assert cache.adopt(behind, KEYS[:3]) == 48
+    assert read(cache, behind) == count(1, 49)
+    assert behind.pages == first.pages[:3]
+    assert cache.adopt(behind, KEYS[:3]) == 48
+    stats = cache.stats()
+    assert (stats.hits, stats.misses) == (3, 0)
+    cache.reserve({behind: 50})
+    assert cache.adopt(behind, KEYS[:6]) == 64
+    assert (cache.stats().hits, cache.stats().misses) == (4, 2)
+    cache.check_integrity()
+
+
+def test_behind_pages_of_its_own_that_the_index_does_not_have_a_sequence_adopts_nothing() -> None:
+    cache = PagedCache(CONFIG, "fp32", 16 * 16)
+    first, other = filled(cache, 64), filled(cache, 16)
+    cache.publish(first, KEYS[:4])
+    pages = list(other.pages)
+    assert cache.adopt(other, KEYS[:4]) == 16
+    assert other.pages == pages
+    cache.publish(other, KEYS[:1])
+    assert cache.adopt(other, KEYS[:4]) == 64
+    cache.check_integrity()
+
+
+def test_a_sequence_that_ends_inside_a_page_adopts_nothing_and_a_closed_one_does_nothing() -> None:
     cache = PagedCache(CONFIG, "fp32", 64)
     sequence = filled(cache, 3)
     with pytest.raises(InvalidSpan, match="a sequence of 3 tokens"):

@@ -152,6 +152,23 @@ class CacheMachine(RuleBasedStateMachine):
         assert (after.hits - before.hits, after.misses - before.misses) == (run, len(keys) - run)
         self.known(sequence, tokens[: 16 * run])
 
+    @rule(number=numbers_of_sequences, text=st.integers(0, 20), publishes=st.booleans())
+    def adopt_more(self, number: int, text: int, publishes: bool) -> None:
+        """Behind its own pages if these are the index's, as they are once published."""
+        self.the_index_loses_a_page_by_eviction_only()
+        sequence, tokens = self.pick(number), self.texts[text % len(self.texts)]
+        own = self.expected[sequence]
+        if len(own) % 16 or own != tokens[: len(own)]:
+            return
+        keys = chain_keys(ROOT, tokens)
+        if publishes:
+            self.cache.publish(sequence, keys[: len(own) // 16])
+            self.indexed |= set(keys[: len(own) // 16])
+        run = next((i for i, key in enumerate(keys) if key not in self.indexed), len(keys))
+        got = self.cache.adopt(sequence, keys)
+        assert got == 16 * run if publishes else got in {16 * run, len(own)}
+        self.expected[sequence] = tokens[:got]
+
     @rule(number=numbers_of_sequences, other=numbers_of_sequences, index=st.integers(0, 3))
     def copy_block(self, number: int, other: int, index: int) -> None:
         source, receiver = self.pick(number), self.pick(other)

@@ -274,14 +274,16 @@ def test_each_request_of_a_pass_has_its_own_rules(pair: tuple[Model, Model]) -> 
         Work(runner.cache.sequence(), [1, 2], allowed=[only[0]]),
         Work(runner.cache.sequence(), [1, 2], samples=False),
         Work(runner.cache.sequence(), [1, 2], Sampling(1.0), Draft((4, 6, 7), (-1, 0, -1)), allowed=[*only[1:], None]),
+        Work(runner.cache.sequence(), [1, 2, 3], samples=False, proves=True),
         Work(runner.cache.sequence(), [1], draft=Draft((5, 4)), allowed=[only[2], None, only[0]]),
     ]
     outcomes = runner.run(works)
-    assert outcomes[0] == Outcome((3,))
+    assert outcomes[0] == Outcome((3,), sound=True)
     assert outcomes[1] == Outcome()
-    assert outcomes[2] == Outcome((4, 5), 1)
-    assert outcomes[3].token_ids[0] == 5
-    assert [work.sequence.length for work in works] == [2, 2, 3, 1 + outcomes[3].accepted]
+    assert outcomes[2] == Outcome((4, 5), 1, sound=True)
+    assert outcomes[3] == Outcome(sound=True)
+    assert outcomes[4].token_ids[0] == 5
+    assert [work.sequence.length for work in works] == [2, 2, 3, 3, 1 + outcomes[4].accepted]
 
 
 def test_a_mask_that_allows_nothing_ends_the_answer_with_an_error(pair: tuple[Model, Model]) -> None:
@@ -325,7 +327,7 @@ def test_what_stands_before_a_failure_is_kept_and_the_error_names_position_and_l
     assert "layer 0 of 2" in failed.error
     assert answer.sequence.length == len(prompt) + kept
     if backend == "native":
-        assert good == Outcome((others[0],))
+        assert good == Outcome((others[0],), sound=True)
         beside.tokens += good.token_ids
         assert_continues_as_if_computed_at_once(runner, beside)
     runner.cache.check_integrity()
@@ -341,8 +343,10 @@ def test_a_bad_weight_is_found_and_gives_no_token(
     model = poisoned(folders[0], tmp_path, backend, name, 3)
     runner = Runner(model, PagedCache(model.config, "fp32", 300))
     works = [Work(runner.cache.sequence(), [1, 2, 3], draft=Draft((4, 5))), Work(runner.cache.sequence(), [7])]
-    outcomes = runner.run(works)
-    for work, outcome, position in zip(works, outcomes, (3, 1), strict=True):
+    proof = Work(runner.cache.sequence(), [1, 2, 3], samples=False, proves=True)
+    outcomes = runner.run([*works, proof])
+    assert not any(outcome.sound for outcome in outcomes)
+    for work, outcome, position in zip(works, outcomes, (3, 1), strict=False):
         assert (outcome.token_ids, outcome.accepted) == ((), 0)
         assert f"position {position} are" in outcome.error
         assert where in outcome.error

@@ -184,7 +184,7 @@ def test_a_held_request_is_left_out_until_it_is_released() -> None:
     scheduler = Scheduler(PLENTY)
     scheduler.submit(request("a"))
     scheduler.hold("a")
-    assert scheduler.plan(0, PLENTY) == Plan({}, {}, [], [], [])
+    assert scheduler.plan(0, PLENTY) == Plan({}, {}, [], [], [], [])
     scheduler.release("a")
     assert scheduler.plan(0, PLENTY).prefills == {"a": 16}
     scheduler.hold("a")
@@ -419,7 +419,11 @@ def test_a_request_is_removed_from_any_state() -> None:
     for name in ("runs", "held", "waits", "waits held", "never there"):
         scheduler.remove(name)
         scheduler.check()
-    assert (len(scheduler), scheduler.next_deadline, scheduler.plan(0, PLENTY)) == (0, None, Plan({}, {}, [], [], []))
+    assert (len(scheduler), scheduler.next_deadline, scheduler.plan(0, PLENTY)) == (
+        0,
+        None,
+        Plan({}, {}, [], [], [], []),
+    )
 
 
 def test_what_makes_no_sense_is_refused() -> None:
@@ -434,7 +438,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     refused(lambda: scheduler.adopted("a", 15), "cannot adopt 15 tokens")
     refused(lambda: scheduler.adopted("a", 48), "cannot adopt 48 tokens")
     scheduler.adopted("a", 32)
-    refused(lambda: scheduler.adopted("a", 32), "KV for 32 of 40")
+    refused(lambda: scheduler.adopted("a", 16), "KV for 32 of 40")
     for tokens, known in ((16, 40), (41, 40), (40, 39), (50, 51)):
         refused(lambda tokens=tokens, known=known: scheduler.computed("a", tokens, known), "cannot have")  # type: ignore[misc]
     for action in (scheduler.hold, scheduler.release):

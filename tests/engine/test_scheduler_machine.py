@@ -46,9 +46,12 @@ class Cache:
         table += pages
         return taken
 
-    def share(self, name: str, donor: str, pages: int) -> None:
+    def share(self, name: str, donor: str, pages: int) -> list[int]:
+        """In place of its own; those of them that came free are the caller's to return."""
+        own = self.cut(name, 0)
         self.tables[name] = self.tables[donor][:pages]
         self.holders.update(self.tables[name])
+        return own
 
     def cut(self, name: str, tokens: int) -> list[int]:
         """Gives back what is behind so many tokens; the pages that came free are the caller's to return."""
@@ -77,6 +80,11 @@ class Sequence:
         return self.request.prompt_tokens + self.request.max_tokens
 
     @property
+    def usable(self) -> tuple[bytes, ...]:
+        """Keys of the pages that it may adopt."""
+        return tuple(self.request.keys[: (self.known - 1) // PAGE])
+
+    @property
     def missing(self) -> int:
         return self.known - self.length
 
@@ -99,7 +107,7 @@ class Engine:
         self.cache = Cache(self.pages)
         self.sequences: dict[str, Sequence] = {}
         self.leaving: list[str] = []
-        self.now = self.plans = self.preemptions = self.peak = 0
+        self.now = self.plans = self.preemptions = self.peak = self.joins = 0
         self.ends: dict[str, str] = {}
         self.service: Counter[str] = Counter()
         self.calls: list[tuple[str, tuple[object, ...]]] = []
@@ -224,6 +232,26 @@ class Engine:
             spare = self.share + len(asked) - len(plan.decodes)
             assert self.needed(plan) == free or (full and chunks <= spare)
         self.check_victims(plan, ready)
+        self.check_joining(plan, prefills)
+
+    def check_joining(self, plan: Plan, prefills: set[str]) -> None:
+        """Whoever joins would compute what somebody does in this pass, and nobody computes what another does."""
+        assert set(plan.joining) <= (prefills | set(plan.admitted)) - plan.prefills.keys() - set(plan.preempted)
+        for name in plan.joining:
+            first = self.sequences[name].length // PAGE
+            wanted = set(self.sequences[name].usable[first:])
+            assert any(wanted & self.touched(maker, count) for maker, count in plan.prefills.items())
+        fed = list(plan.prefills)
+        for index, name in enumerate(fed):
+            sequence, earlier = self.sequences[name], fed[:index]
+            own = sequence.usable[sequence.length // PAGE :]
+            if not sequence.length % PAGE:
+                assert all(set(own).isdisjoint(self.touched(maker, plan.prefills[maker])) for maker in earlier)
+
+    def touched(self, name: str, count: int) -> set[bytes]:
+        """Blocks that a chunk computes, of those that have keys."""
+        sequence = self.sequences[name]
+        return set(sequence.request.keys[sequence.length // PAGE : whole(sequence.length + count)])
 
     def aged(self, sequence: Sequence) -> int:
         return sequence.request.priority - sequence.submitted // self.aging
@@ -268,6 +296,9 @@ class Engine:
         for name, count in chunks.items():
             done = self.sequences[name].length + count
             back += self.sampled(name, done, int(done == self.sequences[name].known))
+        for name in plan.joining:
+            if not self.sequences[name].held:
+                back += self.join(name)
         self.cache.free += back
         self.finish()
 
@@ -299,6 +330,18 @@ class Engine:
             self.cache.grow(name, pages * PAGE)
         sequence.length = pages * PAGE
         self.call("adopted", name, sequence.length)
+
+    def join(self, name: str) -> list[int]:
+        """Takes over what others have of its blocks; now and then their numbers are bad, and it gets nothing."""
+        sequence = self.sequences[name]
+        lengths = {donor: common(sequence.usable, s) for donor, s in self.sequences.items() if donor != name}
+        donor = max(lengths, key=lambda each: lengths[each])
+        if lengths[donor] * PAGE <= sequence.length or (self.lively and self.rng.random() < 0.1):
+            return []
+        self.joins += 1
+        sequence.length = lengths[donor] * PAGE
+        self.call("adopted", name, sequence.length)
+        return self.cache.share(name, donor, lengths[donor])
 
     def load(self, name: str) -> None:
         """A prefix that was waited for has come, as far as there is room."""
@@ -365,7 +408,14 @@ def renamed(plan: Plan, names: dict[str, str]) -> Plan:
         [names[name] for name in plan.admitted],
         [names[name] for name in plan.preempted],
         [names[name] for name in plan.expired],
+        [names[name] for name in plan.joining],
     )
+
+
+def common(keys: tuple[bytes, ...], other: Sequence) -> int:
+    """How many of these blocks another has."""
+    theirs = other.request.keys[: other.length // PAGE]
+    return next((i for i, (a, b) in enumerate(zip(keys, theirs, strict=False)) if a != b), min(len(keys), len(theirs)))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -388,16 +438,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.integers(1, 120),
         most=st.integers(1, 60),
         due=st.none() | st.integers(1, 60),
+        forks=st.none() | st.integers(0, 8),
     )
-    def submit(self, tenant: str, priority: int, prompt: int, most: int, due: int | None) -> None:
+    def submit(
+        self, tenant: str, priority: int, prompt: int, most: int, due: int | None, forks: int | None = None
+    ) -> None:
+        """``forks``: from which block on its prompt is its own; before that it is as all others of its tenant's are."""
         self.submitted += 1
         deadline = None if due is None else self.engine.now + due
-        self.engine.submit(Request(f"r{self.submitted}", tenant, priority, prompt, most, deadline))
+        keys = () if forks is None else blocks(tenant, prompt // PAGE, forks, self.submitted)
+        self.engine.submit(Request(f"r{self.submitted}", tenant, priority, prompt, most, deadline, keys))
 
-    @rule(tenant=st.sampled_from("xyz"), count=st.integers(2, 12), prompt=st.integers(1, 20), most=st.integers(1, 60))
-    def crowd(self, tenant: str, count: int, prompt: int, most: int) -> None:
+    @rule(
+        tenant=st.sampled_from("xyz"),
+        count=st.integers(2, 12),
+        prompt=st.integers(1, 20) | st.integers(20, 120),
+        most=st.integers(1, 60),
+        forks=st.none() | st.integers(0, 8),
+    )
+    def crowd(self, tenant: str, count: int, prompt: int, most: int, forks: int | None) -> None:
         for _ in range(count):
-            self.submit(tenant, 0, prompt, most, None)
+            self.submit(tenant, 0, prompt, most, None, forks)
 
     @rule(
         count=st.integers(1, 4) | st.just(20),
@@ -469,6 +530,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert engine.ends.keys() == {request.id for request in engine.requests()}
         engine.replay()
         event(f"preempted: {engine.preemptions > 0}")
+        event(f"joined: {engine.joins > 0}")
+
+
+def blocks(tenant: str, count: int, forks: int, number: int) -> tuple[bytes, ...]:
+    """Chained keys: the first ``forks`` are the tenant's, the others this request's."""
+    return tuple(f"{tenant}{index}{'' if index < forks else number}".encode() for index in range(count))
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -56,8 +56,8 @@ class _Cache:
         self.open.append(_Sequence(self))
         return self.open[-1]
 
-    def adopt(self, sequence: object, keys: object) -> int:
-        return 0
+    def adopt(self, sequence: _Sequence, keys: object) -> int:
+        return sequence.length
 
     def publish(self, sequence: object, keys: object) -> None:
         """Nothing is shared."""
@@ -84,13 +84,13 @@ class _Runner:
         known = cast(_Sequence, work.sequence).tokens
         known += work.token_ids
         if not work.samples:
-            return Outcome()
+            return Outcome(sound=work.proves)
         draft = work.draft.token_ids
         walked = walk(work.draft, [sample([*known, *draft[:index]], self.salt) for index in range(len(draft) + 1)])
         for index, token in enumerate(walked.token_ids):
             self.verdict((*known, *walked.token_ids[:index]), token)
         known += walked.token_ids[: len(walked.path)]
-        return Outcome(walked.token_ids, len(walked.path))
+        return Outcome(walked.token_ids, len(walked.path), sound=True)
 
 
 class Drafts:
