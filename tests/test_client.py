@@ -100,6 +100,9 @@ class ScriptedRouter:
     async def GetReceipt(self, request: router_pb2.GetReceiptRequest, call: Call) -> router_pb2.GetReceiptResponse:
         raise NotFound(f"no receipt for {request.request_id}", reason="UNKNOWN_REQUEST")
 
+    async def Tokenize(self, request: router_pb2.TokenizeRequest, call: Call) -> router_pb2.TokenizeResponse:
+        raise NotImplementedError
+
     async def GetInfo(self, request: router_pb2.GetInfoRequest, call: Call) -> router_pb2.GetInfoResponse:
         model = router_pb2.ModelInfo(name="demo", context_length=2048, receipt_key=b"k" * 32, drafting=True)
         return router_pb2.GetInfoResponse(models=[model], version="0.1.0")

@@ -115,7 +115,7 @@ def _parted(works: Sequence[Work], spans: Sequence[Span], logits: Tensor) -> tup
     """The rows to sample from, and one row of each work that proves."""
     if not any(work.proves for work in works):
         return logits, iter(())
-    parts = logits.split([span.logits for span in spans])
+    parts = torch.split(logits, [span.logits for span in spans])
     sampled = [part for work, part in zip(works, parts, strict=True) if work.samples]
     proofs = [part[0] for work, part in zip(works, parts, strict=True) if work.proves]
     return torch.cat(sampled) if sampled else logits[:0], iter(proofs)

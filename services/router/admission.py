@@ -67,17 +67,21 @@ def check(request: GenerateRequest, model: ModelInfo) -> None:
             reason="BAD_TENANT",
             help="use 1 to 64 of A-Z a-z 0-9 _ . -",
         )
-    if not request.text and not request.token_ids.ids:
-        raise InvalidArgument("the prompt is empty", reason="EMPTY_PROMPT", help="send some text to continue")
-    size = len(request.text.encode())
-    if size > MAX_TEXT_BYTES:
-        raise InvalidArgument(
-            f"the prompt has {size} bytes, one text may have {MAX_TEXT_BYTES}",
-            reason="PROMPT_TOO_LONG",
-            help=f"the context of {model.name} holds {model.context_length} tokens",
-        )
+    if not request.token_ids.ids:
+        check_text(request.text, f"the context of {model.name} holds {model.context_length} tokens")
     _check_sampling(request.sampling)
     _check_stops(request.sampling, model)
+
+
+def check_text(text: str, limit: str = "shorten it") -> None:
+    """Rule 3 for text. Raises InvalidArgument(EMPTY_PROMPT or PROMPT_TOO_LONG)."""
+    if not text:
+        raise InvalidArgument("the prompt is empty", reason="EMPTY_PROMPT", help="send some text to continue")
+    size = len(text.encode())
+    if size > MAX_TEXT_BYTES:
+        raise InvalidArgument(
+            f"the prompt has {size} bytes, one text may have {MAX_TEXT_BYTES}", reason="PROMPT_TOO_LONG", help=limit
+        )
 
 
 def check_length(prompt_tokens: Sequence[int], params: SamplingParams, model: ModelInfo) -> None:

@@ -54,6 +54,8 @@ from countersign.v1.router_pb2 import (
     OnDisconnect,
     ResumeRequest,
     ResumeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
 )
 from countersign.v1.sampling_pb2 import FinishReason
 from countersign.v1.target_pb2 import RefreshRequest, RefreshResponse
@@ -180,6 +182,11 @@ class RouterService:
         if not log.closed.receipt_sha256:
             raise FailedPrecondition(f"request {request.request_id} ended without a receipt", reason="NO_RECEIPT")
         return GetReceiptResponse(receipt=await self._receipts.of(log))
+
+    async def Tokenize(self, request: TokenizeRequest, call: Call) -> TokenizeResponse:
+        """Raises InvalidArgument(EMPTY_PROMPT, PROMPT_TOO_LONG)."""
+        admission.check_text(request.text)
+        return TokenizeResponse(token_ids=await self._text.encode(request.text))
 
     async def GetInfo(self, request: GetInfoRequest, call: Call) -> GetInfoResponse:
         return GetInfoResponse(models=self._models(), version=__version__)

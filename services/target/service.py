@@ -217,6 +217,7 @@ async def create(context: Context) -> TargetService:
         dtype=config.dtype,
         receipt_key=key.public_key().public_bytes_raw(),
         drafting=context.config.draft.enabled,
+        cache_tokens=config.cache_tokens,
     )
     build = (
         f"countersign/{__version__} {model.executor.name} torch/{torch.__version__} python/{platform.python_version()}"

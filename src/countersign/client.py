@@ -223,6 +223,13 @@ class Client:
         reply = await self._channel.unary(method, request, router_pb2.GetReceiptResponse, UNARY_TIMEOUT_S)
         return reply.receipt
 
+    async def tokenize(self, text: str) -> Sequence[int]:
+        """The token ids that ``generate`` makes of a text."""
+        request = router_pb2.TokenizeRequest(text=wire.text("text", text))
+        method = f"{_SERVICE}/Tokenize"
+        reply = await self._channel.unary(method, request, router_pb2.TokenizeResponse, UNARY_TIMEOUT_S)
+        return list(reply.token_ids)
+
     async def info(self) -> Info:
         """What the deployment serves."""
         request = router_pb2.GetInfoRequest()

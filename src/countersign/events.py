@@ -103,7 +103,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model of a live target. Digests are SHA-256, ``receipt_key`` is Ed25519."""
+    """A model of a live target. Digests are SHA-256, ``receipt_key`` is Ed25519; its target keeps ``cache_tokens``."""
 
     name: str
     weights_sha256: bytes
@@ -114,6 +114,7 @@ class ModelInfo:
     dtype: str
     receipt_key: bytes
     drafting: bool
+    cache_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,4 +194,5 @@ def _model(message: router_pb2.ModelInfo) -> ModelInfo:
         dtype=message.dtype,
         receipt_key=message.receipt_key,
         drafting=message.drafting,
+        cache_tokens=message.cache_tokens,
     )

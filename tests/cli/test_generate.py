@@ -85,6 +85,9 @@ class ScriptedRouter:
     async def GetReceipt(self, request: router_pb2.GetReceiptRequest, call: Call) -> router_pb2.GetReceiptResponse:
         raise NotImplementedError
 
+    async def Tokenize(self, request: router_pb2.TokenizeRequest, call: Call) -> router_pb2.TokenizeResponse:
+        raise NotImplementedError
+
     async def GetInfo(self, request: router_pb2.GetInfoRequest, call: Call) -> router_pb2.GetInfoResponse:
         raise NotImplementedError
 

@@ -477,6 +477,52 @@ class GetReceiptResponse(_message.Message):
 Global___GetReceiptResponse: _TypeAlias = GetReceiptResponse  # noqa: Y015
 
 @_typing.final
+class TokenizeRequest(_message.Message):
+    """A prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Text; not empty."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
+
+@_typing.final
+class TokenizeResponse(_message.Message):
+    """Its tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The begin-of-text token included."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
+
+@_typing.final
 class GetInfoRequest(_message.Message):
     """Nothing to say."""
 
@@ -536,6 +582,7 @@ class ModelInfo(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     RECEIPT_KEY_FIELD_NUMBER: _builtins.int
     DRAFTING_FIELD_NUMBER: _builtins.int
+    CACHE_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     weights_sha256: _builtins.bytes
@@ -554,6 +601,8 @@ class ModelInfo(_message.Message):
     """Ed25519 public key (32 bytes) that signs its receipts. Trust it only if it came another way too."""
     drafting: _builtins.bool
     """Whether a draft proposes for it."""
+    cache_tokens: _builtins.int
+    """Tokens whose KV one target keeps."""
     def __init__(
         self,
         *,
@@ -566,10 +615,11 @@ class ModelInfo(_message.Message):
         dtype: _builtins.str = ...,
         receipt_key: _builtins.bytes = ...,
         drafting: _builtins.bool = ...,
+        cache_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_sha256", b"config_sha256", "context_length", b"context_length", "drafting", b"drafting", "dtype", b"dtype", "name", b"name", "receipt_key", b"receipt_key", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size", "weights_sha256", b"weights_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tokens", b"cache_tokens", "config_sha256", b"config_sha256", "context_length", b"context_length", "drafting", b"drafting", "dtype", b"dtype", "name", b"name", "receipt_key", b"receipt_key", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size", "weights_sha256", b"weights_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

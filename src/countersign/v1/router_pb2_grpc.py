@@ -55,6 +55,11 @@ class RouterServiceStub:
                 request_serializer=countersign_dot_v1_dot_router__pb2.GetReceiptRequest.SerializeToString,
                 response_deserializer=countersign_dot_v1_dot_router__pb2.GetReceiptResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/countersign.v1.RouterService/Tokenize',
+                request_serializer=countersign_dot_v1_dot_router__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_router__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/countersign.v1.RouterService/GetInfo',
                 request_serializer=countersign_dot_v1_dot_router__pb2.GetInfoRequest.SerializeToString,
@@ -94,6 +99,13 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The token ids of a text, as Generate has them: for clients that plan by prefixes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetInfo(self, request, context):
         """What this deployment serves.
         """
@@ -123,6 +135,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.GetReceipt,
                     request_deserializer=countersign_dot_v1_dot_router__pb2.GetReceiptRequest.FromString,
                     response_serializer=countersign_dot_v1_dot_router__pb2.GetReceiptResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=countersign_dot_v1_dot_router__pb2.TokenizeRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_router__pb2.TokenizeResponse.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -239,6 +256,33 @@ class RouterService:
             '/countersign.v1.RouterService/GetReceipt',
             countersign_dot_v1_dot_router__pb2.GetReceiptRequest.SerializeToString,
             countersign_dot_v1_dot_router__pb2.GetReceiptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.RouterService/Tokenize',
+            countersign_dot_v1_dot_router__pb2.TokenizeRequest.SerializeToString,
+            countersign_dot_v1_dot_router__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

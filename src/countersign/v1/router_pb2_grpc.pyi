@@ -41,6 +41,8 @@ class RouterServiceStub:
     """Ends a request; what is committed stands. A request that has ended stays as it is."""
     GetReceipt: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetReceiptRequest, _router_pb2.GetReceiptResponse]
     """The signed receipt of a request that has ended."""
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_router_pb2.TokenizeRequest, _router_pb2.TokenizeResponse]
+    """The token ids of a text, as Generate has them: for clients that plan by prefixes."""
     GetInfo: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetInfoRequest, _router_pb2.GetInfoResponse]
     """What this deployment serves."""
 
@@ -57,6 +59,8 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """Ends a request; what is committed stands. A request that has ended stays as it is."""
     GetReceipt: _aio.UnaryUnaryMultiCallable[_router_pb2.GetReceiptRequest, _router_pb2.GetReceiptResponse]  # type: ignore[assignment]
     """The signed receipt of a request that has ended."""
+    Tokenize: _aio.UnaryUnaryMultiCallable[_router_pb2.TokenizeRequest, _router_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """The token ids of a text, as Generate has them: for clients that plan by prefixes."""
     GetInfo: _aio.UnaryUnaryMultiCallable[_router_pb2.GetInfoRequest, _router_pb2.GetInfoResponse]  # type: ignore[assignment]
     """What this deployment serves."""
 
@@ -94,6 +98,14 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.GetReceiptResponse, _abc.Awaitable[_router_pb2.GetReceiptResponse]]:
         """The signed receipt of a request that has ended."""
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _router_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.TokenizeResponse, _abc.Awaitable[_router_pb2.TokenizeResponse]]:
+        """The token ids of a text, as Generate has them: for clients that plan by prefixes."""
 
     @_abc_1.abstractmethod
     def GetInfo(
