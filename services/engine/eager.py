@@ -27,7 +27,7 @@ from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.linear import Linear
 from countersign.services.engine.ops import Choice, make_ops
 from countersign.services.engine.rope import RotaryTable
-from countersign.services.engine.step import Span, Step
+from countersign.services.engine.step import AfterLayer, Span, Step
 from countersign.services.engine.weights import DecoderWeights, DenseMlp, LayerWeights, Mlp
 
 
@@ -71,6 +71,7 @@ class EagerExecutor:
     """
 
     team: Team | None = None
+    layered = True
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class EagerExecutor:
         self._angles = self._ops.angles(self._rotary, 0)
 
     @torch.inference_mode()
-    def run(self, cache: PagedCache, spans: Sequence[Span]) -> Tensor:
+    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
         """Writes the K and V of the spans' tokens into the slots that are reserved for them.
 
         Returns:
@@ -99,7 +100,8 @@ class EagerExecutor:
         """
         with self._current():
             step = self._ops.plan(cache, spans)
-            hidden = deque(self._hidden_states(cache, step), maxlen=1).pop()
+            states = _told(self._hidden_states(cache, step), after_layer)
+            hidden = deque(states, maxlen=1).pop()
             if not step.logits:
                 return torch.empty(0, self._config.vocabulary_size, device=self._device)
             return self._logits(hidden.index_select(0, step.logit_rows))[: step.logits]
@@ -189,3 +191,11 @@ class EagerExecutor:
 
     def _moved(self, weight: Tensor) -> Tensor:
         return weight.to(self._device, self._dtype)
+
+
+def _told(states: Iterator[Tensor], after_layer: AfterLayer | None) -> Iterator[Tensor]:
+    """The hidden states after each layer, with a word after each."""
+    for layer, hidden in enumerate(states):
+        if after_layer is not None:
+            after_layer(layer)
+        yield hidden

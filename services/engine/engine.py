@@ -9,7 +9,7 @@ that belong to it, and removes the request.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
@@ -36,13 +36,19 @@ class Constraint(Protocol):
         """These tokens were sampled."""
 
 
+Filled = Callable[[int, int, Sequence[bytes]], None]
+"""Told in ``run``'s thread of the blocks that a pass fills: layer, first block, that layer's part of each. All layers
+of the same blocks, in order, each as soon as it is done.
+"""
+
+
 @dataclass(slots=True, eq=False)
 class Generation:
     """A request and what became of it so far.
 
     ``tokens``: prompt and output; more than the prompt at first where an answer goes on. ``keys``: the chained prefix
     keys of its first full pages, for pages shared between requests; none for none. ``cached``: how many of its tokens
-    had their KV from such pages.
+    had their KV from such pages. ``filled``: whom to tell of its KV as it is computed.
     """
 
     id: str
@@ -54,6 +60,7 @@ class Generation:
     deadline: int | None = None
     keys: Sequence[bytes] = ()
     constraint: Constraint | None = None
+    filled: Filled | None = None
     sequence: CachedSequence | None = None
     cached: int = 0
     removed: bool = False
@@ -199,7 +206,7 @@ class Engine:
         for name, count in step.plan.prefills.items():
             if name in live and name not in skip:
                 works[name] = _work(live[name], count, _NO_DRAFT)
-        outcomes = self._runner.run(list(works.values())) if works else []
+        outcomes = self._compute(works, live) if works else []
         results = [
             Result(live[name], outcome, len(work.draft))
             for (name, work), outcome in zip(works.items(), outcomes, strict=True)
@@ -215,6 +222,29 @@ class Engine:
                 adopted[name] = self._join(live[name])
         computed = {name: work.sequence.length for name, work in works.items()}
         return Ran(computed, {name: tokens for name, tokens in adopted.items() if name not in skip}, results)
+
+    def _compute(self, works: Mapping[str, Work], live: Mapping[str, Generation]) -> list[Outcome]:
+        """A pass, which tells of the blocks that it fills to whoever wants to know. Their last layer is told once all
+        numbers are known to be finite.
+        """
+        fillings = {name: filling for name, work in works.items() if (filling := _filling(live[name].filled, work))}
+        last = self._runner.model.config.layers - 1
+
+        def tell(layer: int) -> None:
+            for filling in fillings.values():
+                if layer < last:
+                    filling.layer(layer)
+
+        layered = fillings and self._runner.model.executor.layered
+        outcomes = self._runner.run(list(works.values()), tell if layered else None)
+        for (name, work), outcome in zip(works.items(), outcomes, strict=True):
+            if name not in fillings or outcome.error or (work.proves and not outcome.sound):
+                continue
+            if layered:
+                fillings[name].layer(last)
+            else:
+                fillings[name].whole(last + 1)
+        return outcomes
 
     def settle(self, ran: Ran, kept: Mapping[str, Sequence[int]]) -> None:
         """Tells the scheduler what was computed, and adds to each request those of its new tokens that it keeps."""
@@ -285,6 +315,9 @@ class Engine:
         before = sequence.length
         after = self.cache.adopt(sequence, _usable(generation))
         generation.cached = min(generation.cached + after - before, generation.prompt_tokens)
+        if generation.filled is not None and after > before:
+            blocks = range(before // PAGE_TOKENS, after // PAGE_TOKENS)
+            _Filling(generation.filled, sequence, blocks).whole(self._runner.model.config.layers)
         self.sharing.waits += 1
         self.sharing.joined += after - before
         self.sharing.adopted += after - before
@@ -300,6 +333,32 @@ class Engine:
 def _usable(generation: Generation) -> Sequence[bytes]:
     """Keys of the pages that it may adopt: at least one token is left to feed."""
     return generation.keys[: (len(generation.tokens) - 1) // PAGE_TOKENS]
+
+
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    """Blocks of a sequence that a pass fills."""
+
+    tell: Filled
+    sequence: CachedSequence
+    blocks: range
+
+    def layer(self, layer: int) -> None:
+        self.tell(layer, self.blocks.start, [self.sequence.export_layer(block, layer) for block in self.blocks])
+
+    def whole(self, layers: int) -> None:
+        """All layers of blocks that are full."""
+        blocks = [self.sequence.export_block(block) for block in self.blocks]
+        size = len(blocks[0]) // layers
+        for layer in range(layers):
+            self.tell(layer, self.blocks.start, [block[layer * size : (layer + 1) * size] for block in blocks])
+
+
+def _filling(tell: Filled | None, work: Work) -> _Filling | None:
+    """Proposals fill nothing: they may be rejected."""
+    before = work.sequence.length
+    blocks = range(before // PAGE_TOKENS, (before + len(work.token_ids)) // PAGE_TOKENS)
+    return _Filling(tell, work.sequence, blocks) if tell is not None and blocks else None
 
 
 def _work(generation: Generation, count: int, draft: Draft) -> Work:

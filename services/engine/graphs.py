@@ -25,7 +25,7 @@ from countersign.services.engine.config import Dtype, ModelConfig, Numerics
 from countersign.services.engine.eager import EagerExecutor
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
 from countersign.services.engine.ops import Choice
-from countersign.services.engine.step import SHORT, Ids, Padding, Span, Step, staged
+from countersign.services.engine.step import SHORT, AfterLayer, Ids, Padding, Span, Step, staged
 from countersign.services.engine.weights import DecoderWeights
 
 MAX_ROWS = 256
@@ -139,11 +139,11 @@ class GraphedExecutor(EagerExecutor):
         return list(self._graphs)
 
     @torch.inference_mode()
-    def run(self, cache: PagedCache, spans: Sequence[Span]) -> Tensor:
-        """As :meth:`EagerExecutor.run`."""
-        bucket = bucket_of(spans, self._ops.padding) if self._fixed else None
+    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
+        """As :meth:`EagerExecutor.run`. A graph is one piece: who asks after each layer gets none."""
+        bucket = bucket_of(spans, self._ops.padding) if self._fixed and after_layer is None else None
         if bucket is None:
-            return super().run(cache, spans)
+            return super().run(cache, spans, after_layer)
         values, wanted = lay_out(bucket, cache, spans)
         with self._current():
             graph = self._graph(cache, bucket, staged(values, self._device))

@@ -243,6 +243,9 @@ class LocalPages:
     def export(self, index: int, page: int) -> bytes:  # noqa: ARG002  as above
         return self.pool[page].view(torch.uint8).cpu().numpy().tobytes()
 
+    def export_layer(self, page: int, layer: int) -> bytes:
+        return self.pool[page, layer].view(torch.uint8).cpu().numpy().tobytes()
+
     def fill(self, index: int, page: int, data: bytes) -> None:  # noqa: ARG002  as above
         target = self.pool[page]
         target.copy_(torch.frombuffer(bytearray(data), dtype=self.pool.dtype).view(target.shape))
@@ -500,6 +503,10 @@ class PagedCache:
         """See :meth:`CachedSequence.export_block`."""
         return self._pages.export(index, page)
 
+    def export_layer(self, page: int, layer: int) -> bytes:
+        """See :meth:`CachedSequence.export_layer`."""
+        return self._local.export_layer(page, layer)
+
     def fill(self, index: int, page: int, data: bytes) -> None:
         """See :meth:`CachedSequence.import_block`."""
         self._pages.fill(index, page, data)
@@ -599,6 +606,18 @@ class CachedSequence:
         if not 0 <= index < self.length // PAGE_TOKENS:
             raise InvalidBlock(f"block {index} of a sequence of {self.length} tokens is not full")
         return self._cache.export(index, self.pages[index])
+
+    def export_layer(self, index: int, layer: int) -> bytes:
+        """A layer's part of a block, whose parts laid end to end are the block. While a pass runs that fills the block,
+        layer by layer, that of a layer which is done can be had already.
+
+        Raises:
+            InvalidBlock: no slots are reserved for the block.
+            EngineError: the pages are kept by ranks.
+        """
+        if not 0 <= index < self.written // PAGE_TOKENS:
+            raise InvalidBlock(f"block {index} is not among the {self.written} slots that are reserved")
+        return self._cache.export_layer(self.pages[index], layer)
 
     def import_block(self, data: bytes) -> None:
         """Appends the 16 tokens of an exported block.

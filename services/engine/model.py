@@ -16,7 +16,7 @@ from countersign.services.engine.errors import EngineError
 from countersign.services.engine.graphs import GraphedExecutor
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.native import NativeExecutor, refusal_of
-from countersign.services.engine.step import Span, check_spans
+from countersign.services.engine.step import AfterLayer, Span, check_spans
 from countersign.services.engine.weights import decoder_weights
 
 __all__ = ["Backend", "Digests", "Executor", "Model", "Span", "load_model"]
@@ -28,15 +28,16 @@ class Executor(Protocol):
     """Runs a model's weights on spans that were checked and whose slots are reserved; changes no sequence's length.
 
     ``name`` stands for the way it rounds: executors of one name give the same bits. ``team``: threads of native code,
-    if that is at hand.
+    if that is at hand. ``layered``: it tells ``after_layer``; else it takes None only.
     """
 
     name: str
+    layered: bool
 
     @property
     def team(self) -> Team | None: ...
 
-    def run(self, cache: PagedCache, spans: Sequence[Span]) -> Tensor:
+    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
         """(sum of ``span.logits``, vocabulary) fp32; writes the tokens' K and V."""
 
     def diagnose(self, cache: PagedCache, span: Span) -> int:
@@ -53,7 +54,7 @@ class Model:
         self.config, self.digests, self.dtype, self.executor = config, named, dtype, executor
         self.team = executor.team
 
-    def forward(self, cache: PagedCache, spans: Sequence[Span]) -> Tensor:
+    def forward(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
         """Computes the spans' tokens, writes their K and V, and advances the sequences.
 
         Returns:
@@ -65,7 +66,7 @@ class Model:
         """
         check_spans(self.config, cache, spans)
         cache.reserve({span.sequence: span.sequence.length + len(span.token_ids) for span in spans})
-        logits = self.executor.run(cache, spans)
+        logits = self.executor.run(cache, spans, after_layer)
         for span in spans:
             span.sequence.length += len(span.token_ids)
         return logits

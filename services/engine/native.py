@@ -26,7 +26,7 @@ from countersign.services.engine.errors import EngineError
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.rope import RotaryTable
 from countersign.services.engine.sampling import Draws, records
-from countersign.services.engine.step import Span
+from countersign.services.engine.step import AfterLayer, Span
 from countersign.services.engine.weights import DecoderWeights, DenseMlp, LayerWeights, RoutedExperts
 
 _KINDS: dict[Dtype, WeightKind] = {"fp32": WeightKind.FP32, "bf16": WeightKind.BF16, "int8": WeightKind.INT8}
@@ -131,6 +131,7 @@ class NativeExecutor:
     """A model's weights packed for this CPU. One step at a time."""
 
     name = "native"
+    layered = True
 
     def __init__(
         self,
@@ -152,6 +153,8 @@ class NativeExecutor:
         self._free: weakref.finalize[..., NativeExecutor] | None = None
         self._layout: object = None
         self._ops = (OpStruct * len(self._program.ops))(*self._program.ops)
+        # Where each layer's operations end.
+        self._layer_ends = [sum(op.layer <= layer for op in self._program.ops) for layer in range(config.layers)]
         self._rows = 0
         self._buffers: list[Tensor] = []
         self._structs = (BufferStruct * (_LOGITS + 1))()
@@ -161,12 +164,14 @@ class NativeExecutor:
         """Bytes of weights that a step of one row reads, all experts counted, the embedding's other rows not."""
         return self._program.weight_bytes
 
-    def run(self, cache: PagedCache, spans: Sequence[Span]) -> Tensor:
+    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
         """Writes the K and V of the spans' tokens into the slots that are reserved for them.
 
         Returns:
             (sum of ``span.logits``, vocabulary) fp32, spans in the order given.
         """
+        if after_layer is not None:
+            return self._step_by_layers(cache, spans, after_layer)
         return self._step(cache, spans, None)
 
     def close(self) -> None:
@@ -211,6 +216,18 @@ class NativeExecutor:
         prepared.struct.bad_layer = bad_layer
         if self.library.program_run(self.bound(cache), ctypes.byref(prepared.struct)):
             raise MemoryError(f"no memory for a step of {prepared.struct.rows} rows")
+        return prepared.logits
+
+    def _step_by_layers(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer) -> Tensor:
+        """The same operations in the same order, with a word after each layer."""
+        prepared = self.prepare(cache, spans)
+        program, first = self.bound(cache), 0
+        for layer, end in enumerate(self._layer_ends):
+            if self.library.program_run_ops(program, ctypes.byref(prepared.struct), first, end):
+                raise MemoryError(f"no memory for a step of {prepared.struct.rows} rows")
+            after_layer(layer)
+            first = end
+        self.library.program_run_ops(program, ctypes.byref(prepared.struct), first, len(self.ops))
         return prepared.logits
 
     @property

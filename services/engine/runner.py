@@ -13,7 +13,7 @@ from countersign.services.engine.kv import CachedSequence, PagedCache
 from countersign.services.engine.model import Model
 from countersign.services.engine.sampling import Allowed, Draws, Sampling, draw
 from countersign.services.engine.speculation import Draft, walk
-from countersign.services.engine.step import Span
+from countersign.services.engine.step import AfterLayer, Span
 
 _NO_DRAFT = Draft()
 
@@ -56,7 +56,7 @@ class Runner:
     def __init__(self, model: Model, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
 
-    def run(self, works: Sequence[Work]) -> list[Outcome]:
+    def run(self, works: Sequence[Work], after_layer: AfterLayer | None = None) -> list[Outcome]:
         """Computes every work in one pass; each sequence then holds all its known tokens but the last sampled.
 
         Rejected proposals leave no KV. A sequence whose logits are not finite fails alone.
@@ -67,7 +67,7 @@ class Runner:
         spans = [_span(work) for work in works]
         bases = [work.sequence.length for work in works]
         try:
-            logits = self.model.forward(self.cache, spans)
+            logits = self.model.forward(self.cache, spans, after_layer)
         except RankLost:
             raise
         except EngineError as error:

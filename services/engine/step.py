@@ -33,6 +33,9 @@ Ids: TypeAlias = NDArray[np.int64]
 Numbers: TypeAlias = NDArray[np.integer[Any]]
 Moved: TypeAlias = Callable[..., Tensor]
 
+AfterLayer = Callable[[int], None]
+"""Told in the model's thread that a layer of the pass is done: its K and V are written."""
+
 MAX_TREE = MAX_QUERIES
 """The most tokens of one tree."""
 

@@ -8,7 +8,7 @@ from countersign.services.protocol.driver import settle
 from countersign.services.protocol.errors import LogError
 from countersign.services.protocol.events import Effect, Settled
 from countersign.services.protocol.opener import Opener
-from countersign.services.router.placement import candidates
+from countersign.services.router.splitting import Splitter
 from countersign.services.runtime.errors import (
     CountersignError,
     DataLoss,
@@ -35,6 +35,7 @@ class Placer:
     def __init__(self, context: Context) -> None:
         self._bus, self._journal, self._registry = context.bus, context.journal, context.registry
         self._instance, self._log = context.instance, context.log
+        self._splitter = Splitter(context)
 
     async def place(self, opener: Opener) -> None:
         """Assign the request to a target that takes it; where none does, close it and raise why.
@@ -47,8 +48,12 @@ class Placer:
             return
         if log.epoch > 0 and await self._started(log, START_S) is None:
             return
+        if log.epoch == 0:
+            await self._splitter.prefill(log)
         refusal = await self._assign(opener)
-        if refusal is not None:
+        if opener.log.cancelled is not None and opener.log.epoch == 0:
+            await self._close(opener.log)  # while its prompt was computed, and no target has it
+        elif refusal is not None:
             # Taken over by this router, no target can take it any more.
             if await self._settled(opener, opener.assign(self._instance)):
                 message = f"no target took the request: {refusal}"
@@ -104,12 +109,12 @@ class Placer:
             await self._settled(opener, opener.close(FinishReason.FINISH_REASON_DEADLINE, message))
 
     async def _assign(self, opener: Opener, past: str = "") -> CountersignError | None:
-        """Assign the request to the least busy target that takes it; None once it is settled, by whomever."""
+        """Assign the request to the first target that takes it; None once it is settled, by whomever."""
         refusal: CountersignError = Unavailable("no target is alive", reason="NO_TARGET", help="try again")
         opened = opener.log.opened
         if opened is None:
             return None
-        for target in candidates(self._registry.live("target"), opened.weights_sha256):
+        for target in self._splitter.answerers(opened.weights_sha256):
             if target.instance == past:
                 continue
             if not await self._settled(opener, opener.assign(target.instance)):

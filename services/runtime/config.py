@@ -37,6 +37,7 @@ _SERVER = r"(nats|tls|ws|wss)://[^\s,]+"
 
 # Each description completes "must be ...".
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535, description="a port, 0 to 65535")]
+Amount = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1, description="an integer, 0 or more")]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1, description="an integer, 1 or more")]
 RankUnit = Annotated[int, msgspec.Meta(ge=0, le=1 << 24, description="0, or 64 times a power of two")]
 LookupSize = Annotated[int, msgspec.Meta(ge=0, le=16, description="an integer from 0 to 16")]
@@ -50,6 +51,7 @@ Folder = Annotated[Path, msgspec.Meta(description="a folder")]
 Dtype = Annotated[Literal["fp32", "bf16"], msgspec.Meta(description="fp32 or bf16")]
 DraftDtype = Annotated[Literal["fp32", "bf16", "int8"], msgspec.Meta(description="fp32, bf16 or int8")]
 Numerics = Annotated[Literal["invariant", "fast"], msgspec.Meta(description="invariant or fast")]
+Role = Annotated[Literal["mixed", "prefill", "decode"], msgspec.Meta(description="mixed, prefill or decode")]
 Number = Annotated[float, msgspec.Meta(ge=0, le=1e9, description="a number, 0 or more")]
 Listen = Annotated[
     str,
@@ -89,6 +91,10 @@ class RouterConfig:
     max_requests: Count = 256  # at once; more are refused
     default_timeout_ms: Milliseconds = 120_000
     max_timeout_ms: Milliseconds = 3_600_000
+    split_prompt_tokens: Amount = 512  # from so many on prompts go to targets of role prefill, if there are; 0: never
+    split_timeout_ms: Milliseconds = 30_000  # then whoever answers computes what is missing
+    full_prompt_tokens: Count = 8192  # that wait at one target: others get the next prompt
+    full_requests: Count = 64  # at one target: mixed ones get the next request
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +135,8 @@ class TargetConfig:
     rank_unit: RankUnit = 0  # consecutive tokens whose KV one rank keeps; 0: by the context's length
     rank_timeout_ms: Milliseconds = 30_000  # of one step; then the ranks are started anew
     processes: Count = 1  # that `countersign up` runs; when one dies, another goes on with its requests
+    role: Role = "mixed"  # prefill: computes long prompts for others; decode: answers; routers go by it when they can
+    prefill_processes: Amount = 0  # that `countersign up` runs besides, of role prefill
     max_requests: Count = 256  # waiting ones included; more are refused
     max_running: Count = 256  # at once; fewer run when their KV does not fit
     token_budget: Count = 512  # tokens a forward pass

@@ -27,7 +27,7 @@ from typing import Any, Never, Self, TypeVar
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.child import Child
 from countersign.services.runtime.clock import wall_ms
-from countersign.services.runtime.config import Config, dump
+from countersign.services.runtime.config import Config, TargetConfig, dump
 from countersign.services.runtime.errors import CountersignError, Unavailable
 from countersign.services.runtime.health import is_serving
 from countersign.services.runtime.keeper import Ended, Healthy, Keeper
@@ -114,7 +114,7 @@ class Supervisor:
         commands = services if isinstance(services, Mapping) else {name: service_command(name) for name in services}
         off = {name for name, on in ((DRAFT, config.draft.enabled), (SIDECAR, config.sidecar.enabled)) if not on}
         self._commands = {name: list(command) for name, command in commands.items() if name not in off}
-        self._commands |= _more_targets(self._commands, config.target.processes)
+        self._commands |= _more_targets(self._commands, config.target)
         self._on_event = on_event
         self._policy = RestartPolicy(limits)
         self._patience = patience or Patience()
@@ -297,12 +297,14 @@ class Supervisor:
             await asyncio.gather(wanted, return_exceptions=True)
 
 
-def _more_targets(commands: Mapping[str, Sequence[str]], processes: int) -> dict[str, list[str]]:
-    """The targets beyond the first, each on a free port."""
+def _more_targets(commands: Mapping[str, Sequence[str]], config: TargetConfig) -> dict[str, list[str]]:
+    """The targets beyond the first, each on a free port; those for prefill last."""
     if TARGET not in commands:
         return {}
     command = [*commands[TARGET], "--set", "target.listen=127.0.0.1:0"]
-    return {f"{TARGET}{COPY}{number}": command for number in range(2, processes + 1)}
+    prefill = [*command, "--set", "target.role=prefill"]
+    kinds = [command] * (config.processes - 1) + [prefill] * config.prefill_processes
+    return {f"{TARGET}{COPY}{number}": kind for number, kind in enumerate(kinds, start=2)}
 
 
 async def _probe(registry: Registry, name: str, child: Child) -> str:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from countersign.services.engine.engine import Engine, Result
+from countersign.services.engine.engine import Engine, Generation, Result
 from countersign.services.engine.errors import EngineError, RankLost
 from countersign.services.engine.kv import PAGE_TOKENS
 from countersign.services.runtime.announcer import NOBODY, Announcer
 from countersign.services.runtime.background import Background
+from countersign.services.runtime.errors import DeadlineExceeded, Internal
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
+from countersign.services.target.prefilling import PrefillJob, no_store
 from countersign.services.target.prefixes import Prefixes, PrefixKeys
 from countersign.services.target.session import Pass, Session
 from countersign.v1.event_pb2 import ProtocolEvent, Sampled
@@ -31,7 +33,8 @@ class TargetLoop:
 
     A session waits in the engine for its turn, gets its prefix from the store, is prefilled in chunks, then decoded or
     verified pass by pass until its answer ends; its full blocks go to the store; it is forgotten when its log is
-    closed. It sits passes out while its prefix loads and while too many of its records wait for the log.
+    closed. It sits passes out while its prefix loads and while too many of its records wait for the log. A prompt that
+    is computed for another target runs beside them, is never decoded, and leaves the engine when the store has it.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class TargetLoop:
         self._announcer = announcer
         self._sampled: list[ProtocolEvent] = []
         self._sessions: dict[str, Session] = {}
+        self._prefills: dict[str, PrefillJob] = {}
+        self._dropped = False
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self._checked = True
@@ -65,6 +70,16 @@ class TargetLoop:
     def sessions(self) -> int:
         """Requests here, waiting ones included."""
         return len(self._sessions)
+
+    @property
+    def prefills(self) -> int:
+        """Prompts that are computed for others."""
+        return len(self._prefills)
+
+    @property
+    def pending_prompt_tokens(self) -> int:
+        """Tokens of prompts, or of all that is known where an answer is taken over, that have no KV yet."""
+        return sum(_pending(job.generation) for job in self._jobs().values())
 
     def find(self, request_id: str) -> Session | None:
         """The request, if it is here."""
@@ -86,6 +101,27 @@ class TargetLoop:
         self._sessions[session.request_id] = session
         self._tasks[session.request_id] = asyncio.create_task(committer.run(session, session.changed))
         self._wake.set()
+
+    async def prefill(self, prefill: PrefillJob) -> None:
+        """Compute a prompt for the store, and leave it when this ends, however it does.
+
+        Raises:
+            EngineError: it never fits the cache, or is here already.
+            CountersignError: see :meth:`PrefillJob.run`; NO_STORE too where there is none.
+        """
+        if self._prefixes is None or self._prefixes.resting:
+            raise no_store()
+        name = prefill.generation.id
+        self._engine.submit(prefill.generation)
+        self._prefills[name] = prefill
+        self._wake.set()
+        try:
+            await prefill.run(self._prefixes)
+        finally:
+            del self._prefills[name]
+            self._engine.remove(name)
+            self._dropped = True
+            self._wake.set()
 
     def wake(self) -> None:
         """Something changed: look again."""
@@ -116,18 +152,21 @@ class TargetLoop:
     async def _step(self) -> bool:
         """One pass over whoever can run; False when nobody can."""
         self._hold()
-        decoding = [self._sessions[generation.id] for generation in self._engine.decodes()]
+        # The last token of a prefill may look like a decode.
+        decodes = (self._sessions.get(generation.id) for generation in self._engine.decodes())
+        decoding = [session for session in decodes if session is not None]
         step = self._engine.plan(self._wall_ms(), await self._drafts.propose(decoding))
         for name in step.plan.expired:
-            self._sessions[name].end(FinishReason.FINISH_REASON_DEADLINE)
-            self.ended(self._sessions[name])
+            self._expire(name)
         if step.idle and not (step.plan.admitted or step.plan.preempted):
             return False
         loading = step.plan.admitted if self._prefixes is not None else ()
         ran = await self._in_thread(self._engine.run, step, loading)
         for name in loading:
-            self._sessions[name].loading = True
-            self._background.spawn(self._load_prefix(self._sessions[name]))
+            job = self._jobs().get(name)
+            if job is not None:  # else it left meanwhile
+                job.loading = True
+                self._background.spawn(self._load_prefix(job))
         if ran.computed:
             self._losses = 0
         self._engine.settle(ran, {result.generation.id: self._take(result) for result in ran.results})
@@ -137,6 +176,14 @@ class TargetLoop:
         # The committers get their turn, so that the log does not wait for the next pass.
         await asyncio.sleep(0)
         return True
+
+    def _expire(self, name: str) -> None:
+        """Its deadline has passed."""
+        if name in self._prefills:
+            self._prefills[name].end(DeadlineExceeded("the request's deadline has passed"))
+        else:
+            self._sessions[name].end(FinishReason.FINISH_REASON_DEADLINE)
+            self.ended(self._sessions[name])
 
     async def _recover(self, error: RankLost) -> None:
         """All KV is lost and no token: every request is computed again, by new ranks. Not for ever."""
@@ -150,18 +197,28 @@ class TargetLoop:
         for session in self._sessions.values():
             session.end(FinishReason.FINISH_REASON_ERROR, f"the ranks were lost {MAX_LOSSES} times in a row: {error}")
             self.ended(session)
+        for prefill in self._prefills.values():
+            prefill.end(Internal(f"the ranks were lost {MAX_LOSSES} times in a row: {error}", reason="RANK_LOST"))
+
+    def _jobs(self) -> dict[str, Session | PrefillJob]:
+        return {**self._sessions, **self._prefills}
 
     def _hold(self) -> None:
         """Leave those out of the next pass that may not take part, and let others in again."""
-        for name, session in self._sessions.items():
+        for name, job in self._jobs().items():
             if name in self._engine:
-                move = self._engine.scheduler.hold if session.waits else self._engine.scheduler.release
+                move = self._engine.scheduler.hold if job.waits else self._engine.scheduler.release
                 move(name)
 
     def _take(self, result: Result) -> list[int]:
         """Append a pass to its session; the tokens that belong to the answer."""
-        session, outcome = self._sessions[result.generation.id], result.outcome
+        session, outcome = self._sessions.get(result.generation.id), result.outcome
         kept: list[int] = []
+        if session is None:
+            prefill = self._prefills.get(result.generation.id)
+            if prefill is not None and outcome.error:
+                prefill.end(Internal(f"the prompt cannot be computed: {outcome.error}", reason="NOT_COMPUTED"))
+            return kept
         # A fenced request's last pass may end after it is known.
         if session.finish is None and session.writer.wants_tokens and outcome.token_ids:
             kept, reason = session.stopper.take(outcome.token_ids)
@@ -175,32 +232,38 @@ class TargetLoop:
         session.changed.set()
         return kept
 
-    async def _load_prefix(self, session: Session) -> None:
+    async def _load_prefix(self, job: Session | PrefillJob) -> None:
         """Import the stored KV of the full blocks; at least one token is left to feed. Others go on meanwhile."""
-        generation, prefixes = session.generation, self._prefixes
+        generation, prefixes = job.generation, self._prefixes
         try:
             if prefixes is None or generation.sequence is None:
                 return
             held = generation.sequence.length // PAGE_TOKENS
-            keys = self._keys(session.opened.tenant, generation.tokens[:-1])
-            blocks = await prefixes.fetch(session.request_id, keys, held)
-            await self._in_thread(self._import, session, blocks)
-            session.stored_blocks = held + len(blocks)
+            keys = self._keys(generation.tenant, generation.tokens[:-1])
+            blocks = await prefixes.fetch(generation.id, keys, held)
+            await self._in_thread(self._import, generation, blocks)
+            if isinstance(job, PrefillJob):
+                lacking = await self._in_thread(self._export, generation, job.lacking(held))
+                job.loaded(lacking, held, len(blocks))
+            else:
+                job.stored_blocks = held + len(blocks)
         except EngineError as error:
             # What was imported before stays right; the rest is computed.
-            self._log.warning("stored prefix does not fit request=%s error=%s", session.request_id, error)
+            self._log.warning("stored prefix does not fit request=%s error=%s", generation.id, error)
+            if isinstance(job, PrefillJob):
+                job.end(Internal(f"the stored prefix does not fit: {error}", reason="BAD_PREFIX"))
         finally:
-            session.loading = False
-            if generation.sequence is not None and session.request_id in self._engine:
-                generation.cached = min(generation.sequence.length, session.prompt_tokens)
-                self._engine.scheduler.adopted(session.request_id, generation.sequence.length)
+            job.loading = False
+            if generation.sequence is not None and not generation.removed:
+                generation.cached = min(generation.sequence.length, job.prompt_tokens)
+                self._engine.scheduler.adopted(generation.id, generation.sequence.length)
             self._wake.set()
 
-    def _import(self, session: Session, blocks: list[bytes]) -> None:
+    def _import(self, generation: Generation, blocks: list[bytes]) -> None:
         for block in blocks:
             # A deadline may have taken its sequence while the blocks were on their way.
-            if session.generation.sequence is not None:
-                session.generation.sequence.import_block(block)
+            if generation.sequence is not None:
+                generation.sequence.import_block(block)
 
     async def _reap(self) -> None:
         """Forget what is done: its blocks go to the store, its pages back, its end to the draft."""
@@ -211,8 +274,8 @@ class TargetLoop:
             del self._sessions[session.request_id], self._tasks[session.request_id]
             if session.drafts:
                 self._background.spawn(self._drafts.forget(session.request_id))
-        if over:
-            self._checked = False
+        if over or self._dropped:
+            self._checked = self._dropped = False
             await self._in_thread(self._engine.sweep)
 
     async def _store_blocks(self, session: Session) -> None:
@@ -226,16 +289,16 @@ class TargetLoop:
         generation.keys = self._keys(session.opened.tenant, generation.tokens[: full * PAGE_TOKENS])
         first, count = session.stored_blocks, len(generation.keys)
         if self._prefixes is not None and count > first:
-            blocks = await self._in_thread(self._export, session, range(first, count))
+            blocks = await self._in_thread(self._export, generation, range(first, count))
             self._background.spawn(self._prefixes.store(session.request_id, generation.keys, blocks, first))
 
-    def _export(self, session: Session, indices: range) -> list[bytes]:
-        sequence = session.generation.sequence
+    def _export(self, generation: Generation, indices: range) -> list[bytes]:
+        sequence = generation.sequence
         return [] if sequence is None else [sequence.export_block(index) for index in indices]
 
     async def _sleep(self) -> None:
         """Until something changes or the nearest deadline passes. An idle house looks whether all is in its place."""
-        if not self._sessions and not self._checked:
+        if not (self._sessions or self._prefills or self._checked):
             self._checked = True
             try:
                 await self._in_thread(self._engine.check)
@@ -258,3 +321,10 @@ def _said(session: Session, token_ids: Sequence[int]) -> ProtocolEvent:
     """The event of one pass, whose tokens are not in the generation yet."""
     sampled = Sampled(epoch=session.writer.epoch, base=session.output_tokens, token_ids=token_ids)
     return session.party.says(session.writer.log.sequence, sampled=sampled)
+
+
+def _pending(generation: Generation) -> int:
+    """Tokens without KV, but for the last of an answer that goes on."""
+    computed = generation.sequence.length if generation.sequence is not None else 0
+    missing = len(generation.tokens) - computed
+    return missing if missing > 1 else 0

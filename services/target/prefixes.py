@@ -53,6 +53,11 @@ class Prefixes:
         self._log = log
         self._channels: dict[str, Channel] = {}
 
+    @property
+    def resting(self) -> bool:
+        """The store did not answer, and is left alone for a while."""
+        return self._backoff.resting
+
     async def fetch(self, request_id: str, keys: Sequence[bytes], first: int) -> list[bytes]:
         """The data of the longest stored prefix of ``keys``, from block ``first`` on; [] when no more is stored, or the
         store does not answer.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import time
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import torch
@@ -14,25 +15,33 @@ from countersign import __version__
 from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.engine import Engine, Generation
 from countersign.services.engine.errors import CheckpointError, EngineError, RankLost
-from countersign.services.engine.kv import PagedCache
+from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
 from countersign.services.engine.model import Model, load_model
 from countersign.services.engine.ranks.load import load_ranked_model
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import Tokenizer
-from countersign.services.protocol.commit import replay
+from countersign.services.protocol.commit import LogState, replay
 from countersign.services.protocol.errors import EpochShared, LogError, NotOwner
 from countersign.services.protocol.events import CancelledByClient
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.protocol.writer import Writer
 from countersign.services.runtime.announcer import Announcer
 from countersign.services.runtime.clock import wall_ms
-from countersign.services.runtime.config import TargetConfig
-from countersign.services.runtime.errors import DataLoss, FailedPrecondition, ResourceExhausted, Unavailable, translated
+from countersign.services.runtime.config import Role, TargetConfig
+from countersign.services.runtime.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+    translated,
+)
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.service import Call, Context
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
 from countersign.services.target.loop import TargetLoop
+from countersign.services.target.prefilling import PrefillJob, prefill_id
 from countersign.services.target.prefixes import Prefixes, PrefixKeys
 from countersign.services.target.receipts import ReceiptMaker
 from countersign.services.target.session import Session
@@ -40,14 +49,30 @@ from countersign.services.target.stopping import Stopper
 from countersign.v1 import target_pb2
 from countersign.v1.commit_pb2 import Opened
 from countersign.v1.event_pb2 import Started
-from countersign.v1.registry_pb2 import Instance
+from countersign.v1.registry_pb2 import Instance, TargetRole
 from countersign.v1.router_pb2 import ModelInfo
-from countersign.v1.target_pb2 import RefreshRequest, RefreshResponse, StartRequest, StartResponse
+from countersign.v1.target_pb2 import (
+    PrefillRequest,
+    PrefillResponse,
+    RefreshRequest,
+    RefreshResponse,
+    SetRoleRequest,
+    SetRoleResponse,
+    StartRequest,
+    StartResponse,
+)
 from countersign.verify.errors import KeyFileError
 from countersign.verify.keys import load_or_create_signing_key, write_public
 
 # Layout of an exported block (engine/kv.py); another layout gets another name, and so other keys.
 CACHE_FORMAT = "layers-kv-heads-page/2"
+# Prefills at once, each of which is a call that waits: well below the calls that may run.
+MAX_PREFILLS = 32
+ROLES: dict[Role, TargetRole.ValueType] = {
+    "mixed": TargetRole.TARGET_ROLE_MIXED,
+    "prefill": TargetRole.TARGET_ROLE_PREFILL,
+    "decode": TargetRole.TARGET_ROLE_DECODE,
+}
 
 
 class TargetService:
@@ -68,6 +93,7 @@ class TargetService:
         announcer: Announcer,
         *,
         most: int,
+        role: Role = "mixed",
     ) -> None:
         self._instance = instance
         self._info = info
@@ -79,6 +105,8 @@ class TargetService:
         self._committer = committer
         self._announcer = announcer
         self._most = most
+        self._role = ROLES[role]
+        self._prefilled = 0
 
     async def run(self) -> None:
         await self._loop.run()
@@ -89,6 +117,9 @@ class TargetService:
     def describe(self, instance: Instance) -> None:
         instance.model.CopyFrom(self._info)
         instance.active_requests = self._loop.sessions
+        instance.role = self._role
+        instance.pending_prompt_tokens = self._loop.pending_prompt_tokens
+        instance.prefilled_blocks = self._prefilled
 
     async def Start(self, request: StartRequest, call: Call) -> StartResponse:
         """Take a request over from its log, or do nothing when it is here.
@@ -109,15 +140,11 @@ class TargetService:
                 help="try again",
             )
         if self._loop.sessions >= self._most:
-            raise ResourceExhausted(
-                f"target {self._instance} has {self._most} requests already",
-                reason="TARGET_FULL",
-                help="try again later",
-            )
+            raise self._full()
         writer = await self._take_over(request)
         # The same call may have come twice while the log was read.
         if writer.log.closed is None and self._loop.find(request.request_id) is None:
-            session = self._session(writer, self._opened(writer))
+            session = self._session(writer, self._opened(writer.log))
             if isinstance(writer.stop, CancelledByClient):
                 session.cancel()
             with translated(EngineError, FailedPrecondition, about=request.request_id, reason="TOO_LARGE"):
@@ -133,6 +160,64 @@ class TargetService:
             await self._refresh(session)
         return RefreshResponse()
 
+    async def Prefill(self, request: PrefillRequest, call: Call) -> PrefillResponse:
+        """Compute a prompt for the store until that is done, or somebody has appended to the log since.
+
+        Raises:
+            ResourceExhausted: there are too many requests or prefills.
+            Unavailable: reason NO_STORE.
+            FailedPrecondition: other weights, or a prompt that this target cannot compute.
+            DataLoss: the log is not as the protocol says.
+            DeadlineExceeded: the request's deadline has passed.
+        """
+        log = await self._read(request.request_id)
+        opened = self._opened(log)
+        keys = self._keys(opened.tenant, opened.prompt_token_ids[:-1])
+        if log.epoch or log.ended or not keys:
+            return PrefillResponse()
+        if self._loop.prefills >= MAX_PREFILLS or self._loop.sessions + self._loop.prefills >= self._most:
+            raise self._full()
+        prefill = PrefillJob(
+            Generation(
+                prefill_id(request.request_id),
+                opened.prompt_token_ids[: len(keys) * PAGE_TOKENS],
+                max_tokens=1,
+                tenant=opened.tenant,
+                deadline=opened.deadline_unix_ms or None,
+                keys=keys,
+            ),
+            self._config.layers,
+        )
+        with translated(EngineError, FailedPrecondition, about=request.request_id, reason="NOT_COMPUTED"):
+            done = await self._unless_it_grows(log, prefill)
+        return PrefillResponse(offered_blocks=prefill.offered, found_blocks=prefill.found, done=done)
+
+    async def SetRole(self, request: SetRoleRequest, call: Call) -> SetRoleResponse:
+        """Raises InvalidArgument for no role."""
+        if request.role not in ROLES.values():
+            raise InvalidArgument(
+                f"{request.role} is no role of a target", reason="UNKNOWN_ROLE", help="mixed, prefill or decode"
+            )
+        self._role = request.role
+        return SetRoleResponse()
+
+    async def _unless_it_grows(self, log: LogState, prefill: PrefillJob) -> bool:
+        """Whether the prompt is in the store: False when the log grew before that."""
+        async with aclosing(self._journal.tail(commit_subject(log.request_id), after=log.sequence)) as tail:
+            growing = asyncio.ensure_future(anext(tail))
+            computing = asyncio.ensure_future(self._loop.prefill(prefill))
+            try:
+                await asyncio.wait({growing, computing}, return_when=asyncio.FIRST_COMPLETED)
+                if not computing.done():
+                    return False
+                computing.result()
+            finally:
+                growing.cancel()
+                computing.cancel()
+                await asyncio.gather(growing, computing, return_exceptions=True)
+                self._prefilled += prefill.offered
+        return True
+
     async def _refresh(self, session: Session) -> None:
         writer = session.writer
         entries = await self._journal.read(commit_subject(session.request_id), after=writer.log.sequence)
@@ -147,17 +232,27 @@ class TargetService:
             self._loop.ended(session)
 
     async def _take_over(self, request: StartRequest) -> Writer:
-        entries = await self._journal.read(commit_subject(request.request_id))
-        with translated(LogError, DataLoss, about=f"the log of request {request.request_id} is damaged"):
-            log = replay(request.request_id, entries)
+        log = await self._read(request.request_id)
         with translated(NotOwner, FailedPrecondition, about=f"request {request.request_id}", reason="NOT_OWNER"):
             return Writer(log, epoch=request.epoch, instance=self._instance)
 
-    def _opened(self, writer: Writer) -> Opened:
-        opened = writer.log.opened
+    async def _read(self, request_id: str) -> LogState:
+        entries = await self._journal.read(commit_subject(request_id))
+        with translated(LogError, DataLoss, about=f"the log of request {request_id} is damaged"):
+            return replay(request_id, entries)
+
+    def _full(self) -> ResourceExhausted:
+        return ResourceExhausted(
+            f"target {self._instance} has {self._most} requests, or {MAX_PREFILLS} prompts of others already",
+            reason="TARGET_FULL",
+            help="try again later",
+        )
+
+    def _opened(self, log: LogState) -> Opened:
+        opened = log.opened
         if opened is None or opened.weights_sha256 != self._info.weights_sha256:
             raise FailedPrecondition(
-                f"request {writer.log.request_id} asks for other weights than those of {self._info.name}",
+                f"request {log.request_id} asks for other weights than those of {self._info.name}",
                 reason="OTHER_WEIGHTS",
                 help="start it on a target that serves them",
             )
@@ -242,6 +337,7 @@ async def create(context: Context) -> TargetService:
         committer,
         announcer,
         most=config.max_requests,
+        role=config.role,
     )
 
 

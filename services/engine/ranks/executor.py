@@ -14,7 +14,7 @@ from countersign.services.engine.native import NativeExecutor
 from countersign.services.engine.ranks.group import RankGroup
 from countersign.services.engine.ranks.plan import SpanShape
 from countersign.services.engine.ranks.rank import Step, join
-from countersign.services.engine.step import Span
+from countersign.services.engine.step import AfterLayer, Span
 
 LONG = 128
 """From so many tokens on a span's rows are shared out among the ranks; below, all compute all: fewer messages."""
@@ -58,6 +58,7 @@ class RankedExecutor:
     """Steps that a :class:`RankGroup` computes."""
 
     name = NativeExecutor.name
+    layered = False  # the ranks keep the pages, and run a step in one go
 
     def __init__(self, config: ModelConfig, group: RankGroup, long: int = LONG) -> None:
         library = native.load()
@@ -70,13 +71,16 @@ class RankedExecutor:
     def group(self) -> RankGroup:
         return self._group
 
-    def run(self, cache: PagedCache, spans: Sequence[Span]) -> Tensor:
-        """As :meth:`NativeExecutor.run`.
+    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
+        """As :meth:`NativeExecutor.run`, without ``after_layer``.
 
         Raises:
+            EngineError: ``after_layer`` is asked for.
             InvalidSpan: a span is a tree.
             RankLost: a rank is gone or silent.
         """
+        if after_layer is not None:
+            raise EngineError("ranks do not tell of single layers")
         return join(self._group.run(self._step(cache, spans, diagnose=False)))
 
     def diagnose(self, cache: PagedCache, span: Span) -> int:

@@ -6,6 +6,7 @@ isort:skip_file
 from countersign.v1 import router_pb2 as _router_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -16,6 +17,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _TargetRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TargetRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TargetRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TARGET_ROLE_UNSPECIFIED: _TargetRole.ValueType  # 0
+    """Not a target; a target counts as mixed."""
+    TARGET_ROLE_MIXED: _TargetRole.ValueType  # 1
+    """Both."""
+    TARGET_ROLE_PREFILL: _TargetRole.ValueType  # 2
+    """Computes prompts, whose KV others get through the store."""
+    TARGET_ROLE_DECODE: _TargetRole.ValueType  # 3
+    """Answers."""
+
+class TargetRole(_TargetRole, metaclass=_TargetRoleEnumTypeWrapper):
+    """What a target is for. It can do everything all the same: routers go by it as long as they have a choice."""
+
+TARGET_ROLE_UNSPECIFIED: TargetRole.ValueType  # 0
+"""Not a target; a target counts as mixed."""
+TARGET_ROLE_MIXED: TargetRole.ValueType  # 1
+"""Both."""
+TARGET_ROLE_PREFILL: TargetRole.ValueType  # 2
+"""Computes prompts, whose KV others get through the store."""
+TARGET_ROLE_DECODE: TargetRole.ValueType  # 3
+"""Answers."""
+Global___TargetRole: _TypeAlias = TargetRole  # noqa: Y015
 
 @_typing.final
 class Instance(_message.Message):
@@ -33,6 +62,9 @@ class Instance(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    PENDING_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILLED_BLOCKS_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """router, tokenizer, draft, target, kv or auditor."""
     instance: _builtins.str
@@ -47,6 +79,12 @@ class Instance(_message.Message):
     """Requests that it is working on."""
     draining: _builtins.bool
     """It finishes what it has and takes nothing new."""
+    role: Global___TargetRole.ValueType
+    """What a target is for."""
+    pending_prompt_tokens: _builtins.int
+    """Prompt tokens whose KV it has still to compute, for itself and for others."""
+    prefilled_blocks: _builtins.int
+    """Blocks of prompts that it has computed and offered to the store for other targets, since its start."""
     @_builtins.property
     def model(self) -> _router_pb2.ModelInfo:
         """A target's model."""
@@ -62,10 +100,13 @@ class Instance(_message.Message):
         model: _router_pb2.ModelInfo | None = ...,
         active_requests: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        role: Global___TargetRole.ValueType = ...,
+        pending_prompt_tokens: _builtins.int = ...,
+        prefilled_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "address", b"address", "draining", b"draining", "instance", b"instance", "model", b"model", "pid", b"pid", "service", b"service", "started_unix_ms", b"started_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "address", b"address", "draining", b"draining", "instance", b"instance", "model", b"model", "pending_prompt_tokens", b"pending_prompt_tokens", "pid", b"pid", "prefilled_blocks", b"prefilled_blocks", "role", b"role", "service", b"service", "started_unix_ms", b"started_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,23 +22,32 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from countersign.v1 import registry_pb2 as countersign_dot_v1_dot_registry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ountersign/v1/target.proto\x12\x0e\x63ountersign.v1\"1\n\x0cStartRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"!\n\rStartResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"$\n\x0eRefreshRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x11\n\x0fRefreshResponse2\xa1\x01\n\rTargetService\x12\x44\n\x05Start\x12\x1c.countersign.v1.StartRequest\x1a\x1d.countersign.v1.StartResponse\x12J\n\x07Refresh\x12\x1e.countersign.v1.RefreshRequest\x1a\x1f.countersign.v1.RefreshResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ountersign/v1/target.proto\x12\x0e\x63ountersign.v1\x1a\x1d\x63ountersign/v1/registry.proto\"1\n\x0cStartRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"!\n\rStartResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"$\n\x0eRefreshRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x11\n\x0fRefreshResponse\"$\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"M\n\x0fPrefillResponse\x12\x16\n\x0eoffered_blocks\x18\x01 \x01(\r\x12\x14\n\x0c\x66ound_blocks\x18\x02 \x01(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\":\n\x0eSetRoleRequest\x12(\n\x04role\x18\x01 \x01(\x0e\x32\x1a.countersign.v1.TargetRole\"\x11\n\x0fSetRoleResponse2\xb9\x02\n\rTargetService\x12\x44\n\x05Start\x12\x1c.countersign.v1.StartRequest\x1a\x1d.countersign.v1.StartResponse\x12J\n\x07Refresh\x12\x1e.countersign.v1.RefreshRequest\x1a\x1f.countersign.v1.RefreshResponse\x12J\n\x07Prefill\x12\x1e.countersign.v1.PrefillRequest\x1a\x1f.countersign.v1.PrefillResponse\x12J\n\x07SetRole\x12\x1e.countersign.v1.SetRoleRequest\x1a\x1f.countersign.v1.SetRoleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'countersign.v1.target_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STARTREQUEST']._serialized_start=47
-  _globals['_STARTREQUEST']._serialized_end=96
-  _globals['_STARTRESPONSE']._serialized_start=98
-  _globals['_STARTRESPONSE']._serialized_end=131
-  _globals['_REFRESHREQUEST']._serialized_start=133
-  _globals['_REFRESHREQUEST']._serialized_end=169
-  _globals['_REFRESHRESPONSE']._serialized_start=171
-  _globals['_REFRESHRESPONSE']._serialized_end=188
-  _globals['_TARGETSERVICE']._serialized_start=191
-  _globals['_TARGETSERVICE']._serialized_end=352
+  _globals['_STARTREQUEST']._serialized_start=78
+  _globals['_STARTREQUEST']._serialized_end=127
+  _globals['_STARTRESPONSE']._serialized_start=129
+  _globals['_STARTRESPONSE']._serialized_end=162
+  _globals['_REFRESHREQUEST']._serialized_start=164
+  _globals['_REFRESHREQUEST']._serialized_end=200
+  _globals['_REFRESHRESPONSE']._serialized_start=202
+  _globals['_REFRESHRESPONSE']._serialized_end=219
+  _globals['_PREFILLREQUEST']._serialized_start=221
+  _globals['_PREFILLREQUEST']._serialized_end=257
+  _globals['_PREFILLRESPONSE']._serialized_start=259
+  _globals['_PREFILLRESPONSE']._serialized_end=336
+  _globals['_SETROLEREQUEST']._serialized_start=338
+  _globals['_SETROLEREQUEST']._serialized_end=396
+  _globals['_SETROLERESPONSE']._serialized_start=398
+  _globals['_SETROLERESPONSE']._serialized_end=415
+  _globals['_TARGETSERVICE']._serialized_start=418
+  _globals['_TARGETSERVICE']._serialized_end=731
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,16 @@ class TargetServiceStub:
                 request_serializer=countersign_dot_v1_dot_target__pb2.RefreshRequest.SerializeToString,
                 response_deserializer=countersign_dot_v1_dot_target__pb2.RefreshResponse.FromString,
                 _registered_method=True)
+        self.Prefill = channel.unary_unary(
+                '/countersign.v1.TargetService/Prefill',
+                request_serializer=countersign_dot_v1_dot_target__pb2.PrefillRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_target__pb2.PrefillResponse.FromString,
+                _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/countersign.v1.TargetService/SetRole',
+                request_serializer=countersign_dot_v1_dot_target__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_target__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
 
 
 class TargetServiceServicer:
@@ -67,6 +77,21 @@ class TargetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Prefill(self, request, context):
+        """Computes the prompt of a request that nobody has yet, and puts its KV into the store for whoever will answer.
+        Returns when that is done, or as soon as the request's log grows: assigned, cancelled or closed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRole(self, request, context):
+        """From now on it is for this; the registry tells with the next heartbeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TargetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +104,16 @@ def add_TargetServiceServicer_to_server(servicer, server):
                     servicer.Refresh,
                     request_deserializer=countersign_dot_v1_dot_target__pb2.RefreshRequest.FromString,
                     response_serializer=countersign_dot_v1_dot_target__pb2.RefreshResponse.SerializeToString,
+            ),
+            'Prefill': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prefill,
+                    request_deserializer=countersign_dot_v1_dot_target__pb2.PrefillRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_target__pb2.PrefillResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=countersign_dot_v1_dot_target__pb2.SetRoleRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_target__pb2.SetRoleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +171,60 @@ class TargetService:
             '/countersign.v1.TargetService/Refresh',
             countersign_dot_v1_dot_target__pb2.RefreshRequest.SerializeToString,
             countersign_dot_v1_dot_target__pb2.RefreshResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prefill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.TargetService/Prefill',
+            countersign_dot_v1_dot_target__pb2.PrefillRequest.SerializeToString,
+            countersign_dot_v1_dot_target__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.TargetService/SetRole',
+            countersign_dot_v1_dot_target__pb2.SetRoleRequest.SerializeToString,
+            countersign_dot_v1_dot_target__pb2.SetRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,12 @@ class TargetServiceStub:
     """Another has appended to the log of a request that the target holds: it looks now, not at its next append. A request
     that it does not hold is no error.
     """
+    Prefill: _grpc.UnaryUnaryMultiCallable[_target_pb2.PrefillRequest, _target_pb2.PrefillResponse]
+    """Computes the prompt of a request that nobody has yet, and puts its KV into the store for whoever will answer.
+    Returns when that is done, or as soon as the request's log grows: assigned, cancelled or closed.
+    """
+    SetRole: _grpc.UnaryUnaryMultiCallable[_target_pb2.SetRoleRequest, _target_pb2.SetRoleResponse]
+    """From now on it is for this; the registry tells with the next heartbeat."""
 
 @_typing.type_check_only
 class TargetServiceAsyncStub(TargetServiceStub):
@@ -55,6 +61,12 @@ class TargetServiceAsyncStub(TargetServiceStub):
     """Another has appended to the log of a request that the target holds: it looks now, not at its next append. A request
     that it does not hold is no error.
     """
+    Prefill: _aio.UnaryUnaryMultiCallable[_target_pb2.PrefillRequest, _target_pb2.PrefillResponse]  # type: ignore[assignment]
+    """Computes the prompt of a request that nobody has yet, and puts its KV into the store for whoever will answer.
+    Returns when that is done, or as soon as the request's log grows: assigned, cancelled or closed.
+    """
+    SetRole: _aio.UnaryUnaryMultiCallable[_target_pb2.SetRoleRequest, _target_pb2.SetRoleResponse]  # type: ignore[assignment]
+    """From now on it is for this; the registry tells with the next heartbeat."""
 
 class TargetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Prefills, verifies, commits."""
@@ -78,5 +90,23 @@ class TargetServiceServicer(metaclass=_abc_1.ABCMeta):
         """Another has appended to the log of a request that the target holds: it looks now, not at its next append. A request
         that it does not hold is no error.
         """
+
+    @_abc_1.abstractmethod
+    def Prefill(
+        self,
+        request: _target_pb2.PrefillRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_target_pb2.PrefillResponse, _abc.Awaitable[_target_pb2.PrefillResponse]]:
+        """Computes the prompt of a request that nobody has yet, and puts its KV into the store for whoever will answer.
+        Returns when that is done, or as soon as the request's log grows: assigned, cancelled or closed.
+        """
+
+    @_abc_1.abstractmethod
+    def SetRole(
+        self,
+        request: _target_pb2.SetRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_target_pb2.SetRoleResponse, _abc.Awaitable[_target_pb2.SetRoleResponse]]:
+        """From now on it is for this; the registry tells with the next heartbeat."""
 
 def add_TargetServiceServicer_to_server(servicer: TargetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,83 @@
+"""Has long prompts computed ahead, by targets that are there for it: prefill apart from decode.
+
+That warms the store and nothing else: whoever answers finds the prompt's KV there, as far as it came, and computes the
+rest itself. So nothing that goes wrong here can change a token, and everything costs time only, which is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from countersign.services.protocol.commit import LogState
+from countersign.services.router.placement import Limits, Pools, candidates
+from countersign.services.runtime.clock import wall_ms
+from countersign.services.runtime.errors import CountersignError
+from countersign.services.runtime.service import Context
+from countersign.v1.registry_pb2 import Instance
+from countersign.v1.target_pb2 import PrefillRequest, PrefillResponse, RefreshRequest, RefreshResponse
+
+# How often a target that prefills is asked whether it lives, and how long it may take to say so.
+ASK_EVERY_S = 0.25
+ASK_S = 0.5
+
+
+class Splitter:
+    """The pools of each model as one router sees them."""
+
+    def __init__(self, context: Context) -> None:
+        config = context.config.router
+        self._bus, self._registry, self._log = context.bus, context.registry, context.log
+        self._least, self._timeout = config.split_prompt_tokens, config.split_timeout_ms / 1000
+        limits = Limits(config.full_prompt_tokens, config.full_requests)
+        self._pools: defaultdict[bytes, Pools] = defaultdict(lambda: Pools(limits))
+        # Prompt tokens by instance that are being computed for this router, of which the registry learns late.
+        self._own: Counter[str] = Counter()
+
+    def answerers(self, weights_sha256: bytes) -> Sequence[Instance]:
+        """Who may answer, whom to ask first first."""
+        pools, able = self._pools[weights_sha256], candidates(self._registry.live("target"), weights_sha256)
+        pools.rebalance(able, self._own)
+        return pools.answerers(able)
+
+    async def prefill(self, log: LogState) -> None:
+        """Return when the prompt's KV is in the store, when it will not be, or when the time is up."""
+        opened = log.opened
+        if opened is None or not 0 < self._least <= len(opened.prompt_token_ids):
+            return
+        answerers = self.answerers(opened.weights_sha256)
+        target = self._pools[opened.weights_sha256].prefiller(answerers, self._own)
+        if target is None or target is answerers[0]:
+            return  # whoever answers computes it
+        left = opened.deadline_unix_ms - wall_ms() if opened.deadline_unix_ms else self._timeout * 1000
+        tokens = len(opened.prompt_token_ids)
+        self._own[target.instance] += tokens
+        try:
+            reply = await self._computed(log.request_id, target.instance, min(self._timeout, left / 1000))
+            self._log.debug("a prompt is computed request=%s by=%s %s", log.request_id, target.instance, reply)
+        except CountersignError as error:
+            state = f"request={log.request_id} by={target.instance} error={error.reason}"
+            self._log.warning("a prompt was not computed ahead %s", state)
+        finally:
+            self._own[target.instance] -= tokens
+            self._own += Counter()  # forgets who has none
+
+    async def _computed(self, request_id: str, instance: str, patience: float) -> PrefillResponse:
+        """Raises what the call raises, and that the target does not answer as soon as that is so."""
+        request = PrefillRequest(request_id=request_id)
+        call = asyncio.ensure_future(
+            self._bus.call("target", "Prefill", request, PrefillResponse, timeout=patience, instance=instance)
+        )
+        try:
+            while not (await asyncio.wait({call}, timeout=ASK_EVERY_S))[0]:
+                await self._alive(request_id, instance)
+            return call.result()
+        finally:
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+    async def _alive(self, request_id: str, instance: str) -> None:
+        """A reply that its sender died over never comes: so it is asked something that it answers at once."""
+        request = RefreshRequest(request_id=request_id)
+        await self._bus.call("target", "Refresh", request, RefreshResponse, timeout=ASK_S, instance=instance)
