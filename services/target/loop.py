@@ -116,7 +116,7 @@ class TargetLoop:
         self._prefills[name] = prefill
         self._wake.set()
         try:
-            await prefill.run(self._prefixes)
+            await prefill.run(self._prefixes, self.wake)
         finally:
             del self._prefills[name]
             self._engine.remove(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,14 +91,14 @@ class PrefillJob:
         if not self._ended.done():
             self._ended.set_exception(error)
 
-    async def run(self, store: Store) -> None:
-        """Put the blocks as they come, until all are in the store.
+    async def run(self, store: Store, wake: Callable[[], None]) -> None:
+        """Put the blocks as they come, until all are in the store. ``wake``: it may take part in passes again.
 
         Raises:
             Unavailable: reason NO_STORE: it takes none.
             CountersignError: what :meth:`end` was given.
         """
-        putting = asyncio.ensure_future(self._put_all(store))
+        putting = asyncio.ensure_future(self._put_all(store, wake))
         try:
             await asyncio.wait({putting, self._ended}, return_when=asyncio.FIRST_COMPLETED)
             await (putting if putting.done() else self._ended)
@@ -107,10 +107,11 @@ class PrefillJob:
             self._ended.cancel()
             await asyncio.gather(putting, self._ended, return_exceptions=True)
 
-    async def _put_all(self, store: Store) -> None:
+    async def _put_all(self, store: Store, wake: Callable[[], None]) -> None:
         while self.offered + self.found < len(self.generation.keys):
             parts = [await self._parts.get() for _ in range(self._layers)]
             first, count = parts[0].first, len(parts[0].slices)
+            wake()
             blocks = [b"".join(part.slices[index] for part in parts) for index in range(count)]
             if count:
                 await store.store(self.generation.id, self.generation.keys, blocks, first)
