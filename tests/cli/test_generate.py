@@ -353,6 +353,7 @@ async def test_each_command_explains_its_own_options(command: Command, name: str
     assert f"countersign {name}" in result.out
     assert {
         "generate": "--receipt",
+        "batch": "--cache-tokens",
         "audit": "--model",
         "receipt": "show",
         "up": "--set",

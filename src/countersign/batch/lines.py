@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -25,13 +25,16 @@ _CHAT = "/v1/chat/completions"
 _T = TypeVar("_T")
 
 
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+
+
 class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A completion's parameters, with OpenAI's defaults. ``top_k`` and ``ignore_eos`` are ours.
 
     Of the fields in the last paragraph only the values that change nothing are taken.
     """
 
-    prompt: str | list[int]
+    prompt: str | list[TokenId]
     model: str = ""
     max_tokens: int = 16
     temperature: float = 1.0

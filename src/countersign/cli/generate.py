@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from countersign import files
 from countersign.services.runtime.errors import CountersignError, Internal, InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
@@ -222,15 +223,9 @@ def check_writable(receipt: Path | None) -> None:
 
 def write_atomically(file: Path, content: bytes) -> None:
     """Readers see the old file or the whole new one. Raises InvalidArgument(UNWRITABLE_FILE)."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
+        files.write_atomically(file, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise _unwritable(file, error.strerror or str(error)) from None
 
 

@@ -39,6 +39,7 @@ class Lazy:
 
 COMMANDS = {
     "generate": Lazy("countersign.cli.generate", ("generate",), "Continue a prompt on a running stack."),
+    "batch": Lazy("countersign.cli.batch", ("batch",), "Answer a file of prompts, each shared prefix computed once."),
     "audit": Lazy("countersign.cli.audit", ("audit",), "Check a receipt: its form, and its every token."),
     "receipt": Lazy("countersign.cli.audit", ("show",), "Look into a receipt.", group=True),
     "up": Lazy("countersign.cli.up", ("up",), "Run the whole stack here until interrupted."),
