@@ -205,7 +205,9 @@ class Engine:
         }
         for name, count in step.plan.prefills.items():
             if name in live and name not in skip:
-                works[name] = _work(live[name], count, _NO_DRAFT)
+                left = count if name in adopted else self._instead(live[name], count, adopted)
+                if left:
+                    works[name] = _work(live[name], left, _NO_DRAFT)
         outcomes = self._compute(works, live) if works else []
         results = [
             Result(live[name], outcome, len(work.draft))
@@ -307,19 +309,38 @@ class Engine:
         self.sharing.adopted += adopted
         return adopted
 
+    def _instead(self, generation: Generation, count: int, adopted: dict[str, int]) -> int:
+        """Adopts those pages of a chunk that exist by now, as when others computed them while it was held; how many of
+        the chunk's ``count`` tokens are left to compute. Pages behind the chunk wait: the plan has not counted them.
+        """
+        sequence = generation.sequence
+        if sequence is None or not generation.keys or sequence.length % PAGE_TOKENS:
+            return count
+        before = sequence.length
+        after = self._extend(generation, sequence, (before + count) // PAGE_TOKENS)
+        if after > before:
+            adopted[generation.id] = after
+        return count - (after - before)
+
     def _join(self, generation: Generation) -> int:
-        """Adopts what others have computed meanwhile, behind what it has; how much it then has."""
+        """Adopts what the pass has computed for others; how much it then has."""
         sequence = generation.sequence
         if sequence is None:
             return 0
         before = sequence.length
-        after = self.cache.adopt(sequence, _usable(generation))
+        after = self._extend(generation, sequence, len(generation.keys))
+        self.sharing.waits += 1
+        self.sharing.joined += after - before
+        return after
+
+    def _extend(self, generation: Generation, sequence: CachedSequence, pages: int) -> int:
+        """Adopts what there is behind its own pages, up to so many in all; how much it then has."""
+        before = sequence.length
+        after = self.cache.adopt(sequence, _usable(generation)[:pages])
         generation.cached = min(generation.cached + after - before, generation.prompt_tokens)
         if generation.filled is not None and after > before:
             blocks = range(before // PAGE_TOKENS, after // PAGE_TOKENS)
             _Filling(generation.filled, sequence, blocks).whole(self._runner.model.config.layers)
-        self.sharing.waits += 1
-        self.sharing.joined += after - before
         self.sharing.adopted += after - before
         return after
 

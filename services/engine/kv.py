@@ -124,11 +124,13 @@ class PageAllocator:
         return pages
 
     def adopt(self, keys: Sequence[bytes], own: Sequence[int] = ()) -> list[int]:
-        """``find``, counted and retained: the pages behind ``own``, none if those are not the first that it finds."""
+        """``find``, counted and retained: the pages behind ``own``, none if those are not the first that it finds. What
+        is not there is counted once, for the first page.
+        """
         pages = self.find(keys)
         pages = pages[len(own) :] if pages[: len(own)] == list(own) else []
         self._hits += len(pages)
-        self._misses += len(keys) - len(own) - len(pages)
+        self._misses += 0 if own else len(keys) - len(pages)
         self.retain(pages)
         return pages
 

@@ -396,6 +396,9 @@ class Scheduler:
         tokens = left.tokens if left.chunks else max(left.tokens, self._share)
         slots = -entry.computed % PAGE_TOKENS + left.pages * PAGE_TOKENS
         count = min(self._chunk, entry.known - entry.computed, tokens, slots)
+        whole = (entry.computed + count) // PAGE_TOKENS * PAGE_TOKENS - entry.computed
+        if entry.request.keys and 0 < whole < entry.known - entry.computed:
+            count = whole  # behind half a page it could not adopt what others compute
         if count:
             left.chunks[entry.id] = count
             left.tokens -= count

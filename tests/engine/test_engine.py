@@ -247,6 +247,26 @@ def test_who_waits_for_anothers_block_goes_on_alone_when_that_one_leaves(model: 
     assert left.generated == alone.output(3)[:20]
 
 
+def test_who_was_held_adopts_what_others_have_computed_meanwhile(model: Model, alone: Alone) -> None:
+    """As when its prefix was looked for in a store: it was admitted before the others' pages were there."""
+    engine = engine_of(model, 512, chunk=16)
+    for number in (1, 3):
+        engine.submit(generation(number, keys=True))
+    planned = engine.plan()
+    engine.settle(engine.run(planned, skip=["r3"]), {})
+    late = planned.generations["r3"]
+    engine.scheduler.hold("r3")
+    for _ in range(4):
+        step(engine)
+    assert late.sequence is not None
+    assert late.sequence.length == 0
+    engine.scheduler.release("r3")
+    serve(engine, lambda *_: Draft())
+    assert late.cached == 32
+    assert late.generated == alone.output(3)[:20]
+    assert engine.sharing.computed == sum(len(prompt_of(number)) for number in (1, 3)) - 32
+
+
 def test_tenants_share_nothing_and_wait_for_nobody(model: Model) -> None:
     engine = engine_of(model, 512, chunk=16)
     for number, salt in ((1, b"x"), (3, b"y")):

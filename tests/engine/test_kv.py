@@ -270,7 +270,10 @@ def test_a_sequence_of_full_pages_adopts_what_follows_them() -> None:
     assert (stats.hits, stats.misses) == (3, 0)
     cache.reserve({behind: 50})
     assert cache.adopt(behind, KEYS[:6]) == 64
-    assert (cache.stats().hits, cache.stats().misses) == (4, 2)
+    assert (cache.stats().hits, cache.stats().misses) == (4, 0)
+    with_misses = cache.sequence()
+    assert cache.adopt(with_misses, KEYS[:6]) == 64
+    assert (cache.stats().hits, cache.stats().misses) == (8, 2)
     cache.check_integrity()
 
 
