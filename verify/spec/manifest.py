@@ -36,13 +36,13 @@ class Cfg:
         """The file with only these properties (None: all), and these definitions replaced; ``default`` is the section
         of those that the file does not name.
         """
-        lines: list[str] = []
-        for line in self.model:
-            lines.append(line)
-            if line.strip() == "CONSTANTS":
-                lines += [f"  {old} <- {new}" for old, new in (replace or {}).items()]
-        for name in self.properties if names is None else names:
-            lines.append(f"{self.properties.get(name, default)} {name}")
+        replace = replace or {}
+        # What the file itself replaces by something else is replaced here instead.
+        lines = [line for line in self.model if line.partition("<-")[0].strip() not in replace]
+        at = lines.index("CONSTANTS") + 1
+        lines[at:at] = [f"  {old} <- {new}" for old, new in replace.items()]
+        chosen = self.properties if names is None else names
+        lines += [f"{self.properties.get(name, default)} {name}" for name in chosen]
         return "\n".join(lines) + "\n"
 
 
@@ -93,12 +93,18 @@ def specifications() -> Path:
     return folder
 
 
-def load(folder: Path) -> Manifest:
-    """The manifest of a specification's folder.
+def names() -> list[str]:
+    """Of all specifications. Raises SpecError as `specifications` does."""
+    return sorted(file.parent.name for file in specifications().glob("*/manifest.toml"))
+
+
+def load(spec: str | Path) -> Manifest:
+    """The manifest of the specification of this name, or in this folder.
 
     Raises:
         SpecError: it, or a .cfg file that it names, is not as it should be.
     """
+    folder = specifications() / spec
     try:
         data = tomllib.loads((folder / "manifest.toml").read_text())
         known = {raw["name"]: _configuration(folder, raw) for raw in data["configuration"]}

@@ -31,7 +31,7 @@ def _changes(where: str, old: Value, new: Value) -> Iterator[str]:
         return
     if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
         for key in new:
-            yield from _changes(f"{where}.{key}", old[key], new[key])
+            yield from _changes(f"{where}.{_shown(key)}", old[key], new[key])
     elif isinstance(old, tuple) and isinstance(new, tuple):
         yield from _grown(where, old, new)
     elif isinstance(old, frozenset) and isinstance(new, frozenset):

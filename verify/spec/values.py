@@ -95,7 +95,7 @@ def _items(tokens: list[str], end: str) -> list[Value]:
 def _pairs(tokens: list[str], arrow: str, separator: str, end: str) -> dict[Value, Value]:
     pairs: dict[Value, Value] = {}
     while tokens[-1] != end:
-        key = _value(tokens)
+        key = _hashable(_value(tokens))
         if tokens.pop() != arrow:
             raise SpecError(f"no TLA+ value: {arrow} is missing behind {key!r}")
         pairs[key] = _value(tokens)
@@ -106,4 +106,8 @@ def _pairs(tokens: list[str], arrow: str, separator: str, end: str) -> dict[Valu
 
 
 def _hashable(value: Value) -> Value:
-    return write(value) if isinstance(value, dict) else value
+    try:
+        hash(value)
+    except TypeError:
+        return write(value)
+    return value

@@ -23,7 +23,7 @@ from countersign.services.runtime.stack import read_stack
 from countersign.v1.sidecar_pb2 import GetRunRequest, GetRunResponse, StatusRequest, StatusResponse
 from countersign.verify.spec.check import Check, Result, checks, perform, summary
 from countersign.verify.spec.errors import SpecError
-from countersign.verify.spec.manifest import load, specifications
+from countersign.verify.spec.manifest import load, names
 from countersign.verify.spec.run import read_run
 from countersign.verify.spec.trace import Verdict
 from countersign.verify.spec.trace import replay as replayed
@@ -39,13 +39,17 @@ KINDS = {
 def check(
     quick: Annotated[bool, typer.Option(help="Small models and all cheap mutants: within three minutes.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    spec: Annotated[str | None, typer.Option(help="One specification: commit or cache.", metavar="NAME")] = None,
     only: Annotated[str | None, typer.Option(help="The configuration or mutant of this name.", metavar="NAME")] = None,
 ) -> None:
     """Model-check the protocols with TLC: they hold, they reach something, and each planted bug falls."""
     with translated(SpecError, FailedPrecondition, about="the specifications", reason="SPEC"):
-        folders = sorted(file.parent for file in specifications().glob("*/manifest.toml"))
-        todo = [one for folder in folders for one in checks(load(folder), quick=quick)]
+        todo = [one for name in names() if spec in {None, name} for one in checks(load(name), quick=quick)]
     todo = [one for one in todo if only in {None, one.name}]
+    if not todo and spec not in {None, *names()}:
+        raise FailedPrecondition(
+            f"there is no specification {spec!r}", reason="UNKNOWN_SPEC", help=f"there are: {', '.join(names())}"
+        )
     if not todo:
         raise FailedPrecondition(f"there is nothing named {only!r}", reason="UNKNOWN_CHECK", help="leave --only out")
     begin = time.monotonic()

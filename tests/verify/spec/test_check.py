@@ -13,7 +13,7 @@ import pytest
 from countersign.verify.spec import tlc
 from countersign.verify.spec.check import Check, checks, judge, perform
 from countersign.verify.spec.errors import SpecError
-from countersign.verify.spec.manifest import Manifest, load, specifications
+from countersign.verify.spec.manifest import Manifest, load, names
 from countersign.verify.spec.story import tell
 
 COMMAND = str(Path(sys.executable).parent / "countersign")
@@ -21,7 +21,7 @@ COMMAND = str(Path(sys.executable).parent / "countersign")
 
 @pytest.fixture(scope="module")
 def commit() -> Manifest:
-    return load(specifications() / "commit")
+    return load("commit")
 
 
 def found(manifest: Manifest, kind: str, name: str) -> Check:
@@ -38,15 +38,14 @@ def test_everything_is_as_the_manifest_says() -> None:
     assert [one for one in report["mutants"] if not one["killed"]] == []
     assert report["ok"]
     assert done.returncode == 0
-    assert len({one["name"] for one in report["mutants"]}) >= 14
+    assert len({one["name"] for one in report["mutants"]}) >= 14 + 30
     assert all(one["states"] for one in report["configs"])
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_everything_is_as_the_manifest_says_in_large_models() -> None:
-    folders = sorted(file.parent for file in specifications().glob("*/manifest.toml"))
-    results = perform([one for folder in folders for one in checks(load(folder), quick=False)])
+    results = perform([one for name in names() for one in checks(load(name), quick=False)])
     assert [(one.check.name, one.why) for one in results if not one.ok] == []
     assert sum(one.states for one in results if one.check.kind == "configuration") >= 10_000_000
 
@@ -86,3 +85,26 @@ def test_liveness_falls_where_fairness_is_all_there_is(commit: Manifest) -> None
     outcome = tlc.check(rescue.module, rescue.base.cfg.text(("EventuallyClosed",), rescue.replace))
     assert outcome.code == tlc.PROPERTY
     assert tell(outcome.trace).endswith(tlc.AGAIN)
+
+
+@pytest.mark.parametrize(("option", "help_"), [("--spec", "There are: cache, commit"), ("--only", "Leave --only out")])
+def test_what_there_is_not_is_said_not_to_be_there(option: str, help_: str) -> None:
+    done = subprocess.run(
+        [COMMAND, "spec", "check", option, "x"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert help_ in done.stderr
+
+
+def test_one_specification_can_be_checked_alone() -> None:
+    done = subprocess.run(
+        [COMMAND, "spec", "check", "--spec", "cache", "--only", "speculation", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert [(one["kind"], one["ok"]) for one in json.loads(done.stdout)["configs"]] == [
+        ("configuration", True),
+        ("witness", True),
+    ]
