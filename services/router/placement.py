@@ -66,7 +66,11 @@ class Pools:
 
     def answerers(self, targets: Iterable[Instance]) -> Sequence[Instance]:
         """All of them, whom to ask first first."""
-        return sorted(targets, key=lambda target: (self._turn_of(target), target.active_requests, target.instance))
+        return sorted(targets, key=self.standing)
+
+    def standing(self, target: Instance) -> tuple[int, int, int, str]:
+        """Its place among those who may answer."""
+        return self._turn_of(target), target.active_requests, target.pending_prompt_tokens, target.instance
 
     def _turn_of(self, target: Instance) -> int:
         if target.role == PREFILL and target.instance not in self.lent:

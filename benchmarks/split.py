@@ -1,0 +1,265 @@
+"""Prefill apart from decode: what it costs and spares on the real stack, and in which fleets it would pay.
+
+Measured: two stacks of two targets each, one of them split (one target for prompts, one that answers), in turns. Then
+the fleets of ``benchmarks/fleet.py``, at the passes and the handover that were measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from countersign.cli.bench import Row, load
+from countersign.client import Client, Finished, Tokens
+from countersign.services.runtime.config import load as load_config
+from countersign.services.runtime.supervisor import Supervisor
+
+SPLIT, UNSPLIT = "split", "unsplit"
+SETTINGS = {
+    SPLIT: ("target.processes=1", "target.role=decode", "target.prefill_processes=1"),
+    UNSPLIT: ("target.processes=2",),
+}
+LENGTHS = (600, 1900)
+FLEET: Any = load("fleet")
+PASSES: Any = load("passes")
+
+
+async def run(quick: bool) -> list[Row]:
+    """The stacks, then the fleets."""
+    with tempfile.TemporaryDirectory() as folder:
+        async with _stacks(Path(folder)) as routers:
+            alone = await _alone(routers, 3 if quick else 30)
+            busy = await _beside(routers, 1 if quick else 8)
+    rows = [*_alone_rows(alone), *busy]
+    cost = await asyncio.to_thread(lambda: FLEET.Cost(*PASSES.fitted(quick)))
+    return [*rows, *await asyncio.to_thread(_fleets, replace(cost, **_handover(alone)), quick)]
+
+
+# The real stack
+
+
+@asynccontextmanager
+async def _stacks(folder: Path) -> AsyncIterator[dict[str, str]]:
+    """Routers' addresses."""
+    configs = {
+        name: load_config(None, os.environ, [f"data_dir={folder / name}", "router.listen=127.0.0.1:0", *settings])
+        for name, settings in SETTINGS.items()
+    }
+    async with Supervisor(configs[SPLIT]) as one, Supervisor(configs[UNSPLIT]) as other:
+        yield {SPLIT: one.router_address, UNSPLIT: other.router_address}
+
+
+@dataclass(slots=True)
+class Times:
+    """Of answers to prompts of one length at one stack, in seconds: until the first token, then until the second."""
+
+    first: list[float] = field(default_factory=list)
+    second: list[float] = field(default_factory=list)
+    stored: list[int] = field(default_factory=list)
+
+
+Measured = dict[tuple[str, int], Times]
+
+
+async def _alone(routers: dict[str, str], turns: int) -> Measured:
+    """One request at a time, at the stacks in turns; each prompt is new."""
+    found: Measured = {(name, length): Times() for name in routers for length in LENGTHS}
+    async with Client(routers[SPLIT]) as split, Client(routers[UNSPLIT]) as unsplit:
+        clients = {SPLIT: split, UNSPLIT: unsplit}
+        for turn, length, name in itertools.product(range(turns + 1), LENGTHS, routers):
+            arrivals, cached = await _arrivals(clients[name], prompt_of(turn, length))
+            if turn:  # the first warms up
+                times = found[name, length]
+                times.first.append(arrivals[0])
+                times.second.append(arrivals[1] - arrivals[0])
+                times.stored.append(cached)
+    return found
+
+
+async def _arrivals(client: Client, prompt: list[int]) -> tuple[list[float], int]:
+    """When an answer's first tokens came, from the call on, and how many of the prompt's were stored."""
+    began, arrivals, cached = time.perf_counter(), list[float](), 0
+    async for event in client.generate(prompt, max_tokens=8, ignore_eos=True, drafting="off", tenant=str(prompt[0])):
+        if isinstance(event, Tokens):
+            arrivals += [time.perf_counter() - began] * len(event.tokens)
+        elif isinstance(event, Finished):
+            cached = event.usage.cached_prompt_tokens
+    return arrivals, cached
+
+
+def prompt_of(number: int, length: int) -> list[int]:
+    """No two begin alike."""
+    return [3 + number, *(3 + (number + place * place) % 4000 for place in range(length - 1))]
+
+
+def _alone_rows(found: Measured) -> list[Row]:
+    rows = []
+    for length in LENGTHS:
+        split, unsplit = found[SPLIT, length], found[UNSPLIT, length]
+        case, n = f"a prompt of {length} tokens, alone", len(split.first)
+        for name, one, other in (("first", split.first, unsplit.first), ("second", split.second, unsplit.second)):
+            value, ratio = statistics.median(one), statistics.median(one) / statistics.median(other)
+            bar, met = ("<= 1.2x unsplit", ratio <= 1.2) if name == "second" else (None, None)
+            metric = f"{name} token after the {'call' if name == 'first' else 'first'}, p50"
+            rows.append(Row("split", case, metric, value * 1e3, "ms", n, bar, met, peer=UNSPLIT, ratio=ratio))
+        blocks = statistics.median(split.stored) / length
+        rows.append(Row("split", case, "share of the prompt that came through the store", blocks, "share", n))
+    return rows
+
+
+def _handover(found: Measured) -> dict[str, float]:
+    """What a split adds to the first token, as a line over the prompt's length; nothing is below 0."""
+    short, long = (
+        statistics.median(found[SPLIT, length].first) - statistics.median(found[UNSPLIT, length].first)
+        for length in LENGTHS
+    )
+    token = max(0.0, (long - short) / (LENGTHS[1] - LENGTHS[0]))
+    return {"handover": max(0.0, short - token * LENGTHS[0]), "token": token}
+
+
+async def _beside(routers: dict[str, str], turns: int) -> list[Row]:
+    """What prompts of the longer length do to eight answers that are being given: gaps between their tokens."""
+    gaps: dict[str, list[float]] = {name: [] for name in routers}
+    for turn, name in itertools.product(range(turns), routers):
+        async with Client(routers[name]) as client:
+            begun = [asyncio.Event() for _ in range(8)]
+            answers = [asyncio.create_task(_gaps(client, 500 + 10 * turn + n, each)) for n, each in enumerate(begun)]
+            await asyncio.gather(*(each.wait() for each in begun))
+            for number in range(4):
+                await _arrivals(client, prompt_of(700 + 10 * turn + number, LENGTHS[1]))
+            for answer in answers:
+                gaps[name] += await answer
+    case = "eight answers while four long prompts come"
+    rows = []
+    for share in (0.5, 0.99):
+        split, unsplit = (_quantile(gaps[name], share) for name in (SPLIT, UNSPLIT))
+        n, ratio = len(gaps[SPLIT]), split / unsplit
+        rows.append(
+            Row("split", case, f"gap between tokens, p{100 * share:g}", split * 1e3, "ms", n, peer=UNSPLIT, ratio=ratio)
+        )
+    return rows
+
+
+async def _gaps(client: Client, number: int, begun: asyncio.Event) -> list[float]:
+    """Seconds between the pieces of one long answer."""
+    arrivals: list[float] = []
+    async for event in client.generate(prompt_of(number, 32), max_tokens=600, ignore_eos=True, drafting="off"):
+        if isinstance(event, Tokens):
+            arrivals.append(time.perf_counter())
+            begun.set()
+    return [later - before for before, later in itertools.pairwise(arrivals)]
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+# The fleets
+
+# Answers' lengths, and how much more a pass costs before its first token than here: on a CPU little comes with a pass
+# itself, on a GPU reading the weights does, for which the first hundreds of tokens are free.
+OUTPUTS = (1, 8, 64, 512)
+BASES = (1.0, 30.0)
+
+
+def _fleets(cost: Any, quick: bool) -> list[Row]:
+    size = FLEET.QUICK if quick else FLEET.WHOLE
+    rows = [replace(row, bench="split") for row in FLEET.goodputs(cost, size)]
+    rows += _sizes(cost, size, (2, 16) if quick else (2, 4, 16, 64, 256, 1000))
+    for slow in BASES:
+        rows += _crossing(replace(cost, base=cost.base * slow), slow, size)
+    return rows
+
+
+def _sizes(cost: Any, size: Any, fleets: Sequence[int]) -> list[Row]:
+    """Latency and throughput over the number of machines, at four fifths of what unsplit ones can take."""
+    rows = []
+    for mix in (FLEET.CODE, FLEET.CONVERSATION):
+        best = [FLEET.Trial(cost, mix, size.machines, each, each=size.each).best(size.steps) for each in FLEET.POLICIES]
+        rate = 0.8 * best[0][1]
+        for machines, (trial, _) in itertools.product(fleets, best):
+            result = trial.scaled(machines).at(rate)
+            case, n = f"{mix.name}, {machines} machines, {trial.policy}", len(result.requests)
+            rows.append(Row("split", case, "throughput", result.tokens_per_second, "tokens/s", n))
+            for share in (0.5, 0.99):
+                rows.append(Row("split", case, f"first token, p{100 * share:g}", result.ttft(share) * 1e3, "ms", n))
+                rows.append(Row("split", case, f"gap, p{100 * share:g}", result.gap(share) * 1e3, "ms", n))
+    return rows
+
+
+def _crossing(cost: Any, slow: float, size: Any) -> list[Row]:
+    """Goodput of split machines beside unsplit ones over the length of answers, and where it passes 1."""
+    case = "prompts of 1500 tokens, " + ("passes as here" if slow == 1 else f"passes that cost {slow:g}x to begin")
+    rows, ratios = [], []
+    for output in OUTPUTS:
+        mix = FLEET.Load(f"answers of {output}", 1500, output)
+        plain = FLEET.Trial(cost, mix, size.machines, "unsplit", each=size.each).goodput(size.steps)
+        _, split = FLEET.Trial(cost, mix, size.machines, "pools", each=size.each).best(size.steps)
+        ratios.append(split / plain if plain else float("inf"))
+        metric, n = f"goodput, answers of {output}", size.machines * size.each
+        rows.append(Row("split", case, metric, split, "requests/s/machine", n, peer=UNSPLIT, ratio=ratios[-1]))
+    at = break_even(OUTPUTS, ratios)
+    rows += [Row("split", case, "breaks even at answers of", each, "tokens", len(OUTPUTS)) for each in at]
+    if not at:
+        verdict = "pays" if ratios[0] > 1 else "does not pay"
+        rows.append(Row("split", case, f"{verdict} at every length; the best ratio", max(ratios), "x", len(OUTPUTS)))
+    return rows
+
+
+def break_even(xs: Sequence[float], ratios: Sequence[float]) -> list[float]:
+    """Where a curve of ratios passes 1, along the logarithm of x."""
+    found = []
+    for (x, before), (later, after) in itertools.pairwise(zip(xs, ratios, strict=True)):
+        if (before > 1) != (after > 1):
+            share = (1 - before) / (after - before)
+            found.append(float(x * (later / x) ** share))
+    return found
+
+
+def plot(rows: list[Row], folder: Path) -> list[Path]:
+    """Latency and throughput over the number of machines; goodput over the length of answers."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    drawn = []
+    metrics = ("throughput", "first token, p50", "first token, p99", "gap, p50", "gap, p99")
+    for mix in ("code", "conversation"):
+        figure, panels = plt.subplots(1, len(metrics), figsize=(18, 3.6), layout="constrained")
+        for axes, metric in zip(panels, metrics, strict=True):
+            for policy in FLEET.POLICIES:
+                cases = [(row.case.split(", "), row) for row in rows if row.metric == metric]
+                curve = [(int(case[1].split()[0]), row.value) for case, row in cases if case[::2] == [mix, policy]]
+                axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=policy)
+            axes.set(xscale="log", yscale="log", xlabel="machines", title=metric)
+            axes.grid(visible=True, alpha=0.25)
+        panels[0].set_ylabel("tokens/s")
+        panels[1].set_ylabel("ms")
+        panels[0].legend(frameon=False)
+        drawn.append(folder / f"split-{mix}.svg")
+        figure.savefig(drawn[-1], metadata={"Date": None})
+        plt.close(figure)
+    figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    lines = [row for row in rows if row.metric.startswith("goodput, answers")]
+    for case in dict.fromkeys(row.case for row in lines):
+        curve = [(int(row.metric.split()[-1]), row.ratio) for row in lines if row.case == case and row.ratio]
+        axes.plot(
+            *zip(*curve, strict=True), marker="o", markersize=3, label=case.removeprefix("prompts of 1500 tokens, ")
+        )
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="tokens of an answer", ylabel="goodput, split / unsplit")
+    axes.legend(frameon=False)
+    drawn.append(folder / "split-crossing.svg")
+    figure.savefig(drawn[-1], metadata={"Date": None})
+    plt.close(figure)
+    return drawn
