@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from torch import Tensor
 
 from countersign.services.engine.engine import Engine, Generation, complete, kept_of
 from countersign.services.engine.errors import EngineError, InvalidBlock
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
 from countersign.services.engine.model import Model
+from countersign.services.engine.step import AfterLayer, Span
 
 PROMPT = [(7 * index) % 96 for index in range(75)]
 
@@ -94,3 +96,30 @@ def test_what_computes_in_one_go_says_that_it_tells_of_no_layer() -> None:
     assert not executor.layered
     with pytest.raises(EngineError, match="single layers"):
         executor.run(None, [], lambda layer: None)  # type: ignore[arg-type]
+
+
+def test_who_adopts_what_a_pass_computed_for_another_is_told_of_those_blocks_too(model: Model) -> None:
+    here = engine(model)
+    keys = [bytes([index]) * 32 for index in range(len(PROMPT) // PAGE_TOKENS)]
+    told = [Told(model.config.layers) for _ in range(2)]
+    complete(here, [Generation(str(n), list(PROMPT), 1, keys=keys, filled=each) for n, each in enumerate(told)])
+    assert here.sharing.joined > 0
+    assert told[0].whole() == told[1].whole()
+    assert len(told[0].blocks) == len(keys)
+
+
+def test_blocks_whose_numbers_are_not_finite_are_never_told_whole(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, told = engine(model), Told(model.config.layers)
+    forward = model.forward
+
+    def broken(cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
+        return forward(cache, spans, after_layer) * float("nan")
+
+    monkeypatch.setattr(model, "forward", broken)
+    keys = [bytes([index]) * 32 for index in range(len(PROMPT) // PAGE_TOKENS)]
+    with pytest.raises(EngineError, match="not finite"):
+        complete(here, [Generation("r", list(PROMPT), 1, keys=keys, filled=told)])
+    assert told.blocks
+    assert all(len(parts) == model.config.layers - 1 for parts in told.blocks.values())
