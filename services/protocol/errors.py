@@ -26,6 +26,8 @@
     ├── RequestIdTaken         the request id names another request
     └── CacheError             the block cache was used against its rules
         ├── NotPinned          a read without a pin
+        ├── NotLeased          a write without a lease, or with one that has lapsed
+        ├── NotSealable        a block whose bytes, or whose ancestors, are not all there
         └── CacheCorrupt       the cache's own books do not agree
 
 Each carries its evidence: the figures that disagree, by name.
@@ -124,6 +126,12 @@ class CacheError(ProtocolError): ...
 
 
 class NotPinned(CacheError): ...
+
+
+class NotLeased(CacheError): ...
+
+
+class NotSealable(CacheError): ...
 
 
 class CacheCorrupt(CacheError): ...

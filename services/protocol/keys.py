@@ -24,8 +24,14 @@ def root_key(weights: bytes, cache_format: str, tenant: str) -> bytes:
     """The 32-byte key that stands before a prompt's first block.
 
     ``weights`` is the SHA-256 of the target's weights, ``cache_format`` names layout and dtype of a block's bytes.
-    Tenants never share a block, since the speed of a hit would tell one what another's prompt was.
+    Tenants never share a block, since the speed of a hit would tell one what another's prompt was; so a key without a
+    tenant does not exist.
+
+    Raises:
+        ValueError: ``tenant`` is empty.
     """
+    if not tenant:
+        raise ValueError("a block key needs a tenant: without one, tenants would share blocks")
     digest = sha256(_ROOT_DOMAIN)
     for part in (weights, cache_format.encode(), tenant.encode()):
         digest.update(struct.pack("<I", len(part)) + part)
