@@ -402,7 +402,7 @@ def hot_and_scan(policy: Callable[[], Policy]) -> int:
     cache = fresh(60, policy=policy)
     hits = 0
     for turn in range(400):
-        names = [(b"hot%d" % (turn % 4), 60.0), *((b"once%d" % (3 * turn + n), 10.0) for n in range(3))]
+        names = [(b"hot%d" % (turn % 4), 100.0), *((b"once%d" % (3 * turn + n), 10.0) for n in range(3))]
         for name, cost in names:
             key = name.ljust(32, b"_")
             found = look(cache, [key], now=turn, ttl=0.5)
