@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
@@ -50,13 +49,6 @@ class Writing:
         self.filled = sorted([*apart, whole])
 
 
-@dataclass(frozen=True, slots=True)
-class Sealed:
-    """The block's bytes are there, whole, with this checksum."""
-
-    checksum: bytes
-
-
 @dataclass(eq=False, slots=True)
 class Pin:
     """Keeps ``blocks`` for one look-up of ``holder`` while the time is before ``expires``. Who knows it may read."""
@@ -64,40 +56,48 @@ class Pin:
     number: int
     holder: str
     expires: float
-    blocks: Sequence[Block] = ()
+    blocks: dict[bytes, Block]
 
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """A block that is there.
+    """A block that is there: being written while ``writing``, else sealed with ``checksum``.
 
-    ``parent`` is empty for the first of a prompt. ``kind`` names the model, format and size that its bytes are of.
-    ``generation`` is of this use of the key, ``slot`` of this use of its room in RAM. ``copies`` and ``below``, the
-    number of children with a copy, are by tier. ``rank``, ``uses`` and ``cost`` are for eviction.
+    ``above`` is the block before it, None for the first of a prompt. ``kind`` names the model, format and size that its
+    bytes are of. ``generation`` is of this use of the key, ``slot`` of this use of its room in RAM. ``copies`` and
+    ``below``, the number of children with a copy, are by tier. ``pins`` counts the pins on it, none of which holds
+    after ``pinned_until``. ``cost``, ``rank`` and ``uses`` are for eviction.
     """
 
     key: bytes
-    parent: bytes
+    above: Block | None
     size: int
     kind: bytes
-    state: Writing | Sealed
+    writing: Writing | None
     generation: int
     slot: int
     cost: float = 0.0
+    checksum: bytes = b""
     rank: float = 0.0
     uses: int = 0
+    pins: int = 0
+    pinned_until: float = 0.0
     copies: list[Copy] = field(default_factory=lambda: [Copy.ABSENT, Copy.ABSENT])
     below: list[int] = field(default_factory=lambda: [0, 0])
     children: set[bytes] = field(default_factory=set)
-    pins: set[Pin] = field(default_factory=set)
+
+    @property
+    def parent(self) -> bytes:
+        """Key of the block before it, empty for the first of a prompt."""
+        return self.above.key if self.above is not None else b""
 
     @property
     def sealed(self) -> bool:
-        return isinstance(self.state, Sealed)
+        return self.writing is None
 
     def pinned(self, now: float) -> bool:
-        """Some pin has not lapsed."""
-        return any(pin.expires > now for pin in self.pins)
+        """A pin may still hold: one that is released early may count until its time was over."""
+        return self.pins > 0 and self.pinned_until > now
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,10 +46,14 @@ class Books:
 
     # Eviction
 
-    def _touch(self, block: Block) -> None:
-        block.uses += 1
-        block.rank = self._policy.used(block)
-        self._offer(block)
+    def _touch(self, blocks: Sequence[Block]) -> None:
+        """They were used, the last of them first."""
+        for block in blocks:
+            block.uses += 1
+        self._policy.used(reversed(blocks))
+        for block in blocks:
+            if not all(block.below):
+                self._offer(block)
 
     def _offer(self, block: Block) -> None:
         """Notes a block as one to evict, where it may go."""
@@ -98,7 +102,7 @@ class Books:
             missing -= self._rounded(block.size)
             copies_gone[block.parent] += 1
             children_gone[block.parent] += self._is_last(block)
-            above = self._blocks.get(block.parent)
+            above = block.above
             if above is not None and self._may_go(above, tier, copies_gone[above.key], children_gone[above.key]):
                 self._orders[tier].push(above)
         for block in kept:
@@ -135,26 +139,24 @@ class Books:
 
     def _add(self, block: Block, tier: Tier = Tier.RAM) -> None:
         self._blocks[block.key] = block
-        if block.parent:
-            self._blocks[block.parent].children.add(block.key)
+        if block.above is not None:
+            block.above.children.add(block.key)
         self._take(block, tier)
 
     def _take(self, block: Block, tier: Tier) -> None:
         block.copies[tier] = Copy.FILLING
         self._room[tier] += self._rounded(block.size)
-        above = self._blocks.get(block.parent)
-        if above is not None:
-            above.below[tier] += 1
+        if block.above is not None:
+            block.above.below[tier] += 1
 
     def _give_up(self, block: Block, tier: Tier) -> None:
         """The copy's room comes back; a block that is in the index lets its parent know."""
         block.copies[tier] = Copy.ABSENT
         self._room[tier] -= self._rounded(block.size)
         self._drops.append(Drop(tier, block.key, block.slot if tier is Tier.RAM else block.generation))
-        above = self._blocks.get(block.parent)
-        if above is not None and self._blocks.get(block.key) is block:
-            above.below[tier] -= 1
-            self._offer(above)
+        if block.above is not None and self._blocks.get(block.key) is block:
+            block.above.below[tier] -= 1
+            self._offer(block.above)
 
     def _give_up_all(self, block: Block) -> None:
         """Of a block that is out of the index."""
@@ -165,9 +167,9 @@ class Books:
     def _remove(self, block: Block) -> None:
         """Out of the index; its copies are still there."""
         del self._blocks[block.key]
-        if isinstance(block.state, Writing):
-            del self._leases[block.state.lease]
-        above = self._blocks.get(block.parent)
+        if block.writing is not None:
+            del self._leases[block.writing.lease]
+        above = block.above
         if above is not None:
             above.children.discard(block.key)
             for tier in Tier:

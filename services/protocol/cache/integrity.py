@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from countersign.services.protocol.cache.blocks import Block, Copy, Pin, Sealed, Tier, Writing
+from countersign.services.protocol.cache.blocks import Block, Copy, Pin, Tier
 from countersign.services.protocol.errors import CacheCorrupt
 
 
@@ -15,14 +16,14 @@ def check_blocks(blocks: Mapping[bytes, Block]) -> None:
         CacheCorrupt: the books do not agree, which is a bug.
     """
     for block in blocks.values():
-        above = blocks.get(block.parent)
-        if block.parent and (above is None or block.key not in above.children):
+        above = block.above
+        if above is not None and (blocks.get(above.key) is not above or block.key not in above.children):
             raise CacheCorrupt("a block without its parent", key=block.key, parent=block.parent)
-        if any(blocks[child].parent != block.key for child in block.children):
+        if any(blocks[child].above is not block for child in block.children):
             raise CacheCorrupt("a child that names another parent", key=block.key)
-        if isinstance(block.state, Writing) and (block.pins or block.copies != [Copy.FILLING, Copy.ABSENT]):
+        if block.writing is not None and (block.pins or block.copies != [Copy.FILLING, Copy.ABSENT]):
             raise CacheCorrupt("a block being written has no pin and lies in RAM", key=block.key)
-        if isinstance(block.state, Sealed):
+        if block.sealed:
             _check_sealed(block, above)
         below = [sum(blocks[key].copies[tier] is not Copy.ABSENT for key in block.children) for tier in Tier]
         if below != block.below:
@@ -56,6 +57,6 @@ def check_pins(pins: Mapping[int, Pin], kept: Sequence[Block]) -> None:
     Raises:
         CacheCorrupt: a pin without its block, or the other way round.
     """
-    held = {(number, block.generation) for number, pin in pins.items() for block in pin.blocks}
-    if held != {(pin.number, block.generation) for block in kept for pin in block.pins}:
+    held = Counter(id(block) for pin in pins.values() for block in pin.blocks.values())
+    if held != Counter({id(block): block.pins for block in kept if block.pins}):
         raise CacheCorrupt("pins and blocks do not agree", pins=len(pins))

@@ -31,7 +31,6 @@ from countersign.services.protocol.cache.blocks import (
     Outcome,
     Pin,
     Reserved,
-    Sealed,
     Stored,
     Tier,
     Transition,
@@ -99,15 +98,23 @@ class BlockCache(Books):
         chain = self._sealed_prefix(keys)
         if not chain:
             return Found(0, 0)
-        pin = Pin(self._draw(), holder, now + ttl, chain)
+        expires = now + ttl
+        pin = Pin(self._draw(), holder, expires, dict(zip(keys, chain, strict=False)))
         self._pins[pin.number] = pin
-        for block in reversed(chain):
-            block.pins.add(pin)
-            self._touch(block)
+        for block in chain:
+            block.pins += 1
+            block.pinned_until = max(expires, block.pinned_until)
+        self._touch(chain)
         if self._observer:
-            found = [(block.key, block.generation) for block in chain]
-            names, generations = zip(*found, strict=True)
-            self._tell("Lookup", keys=names, generations=generations, holder=holder, pin=pin.number, expires=now + ttl)
+            generations = tuple(block.generation for block in chain)
+            self._tell(
+                "Lookup",
+                keys=tuple(pin.blocks),
+                generations=generations,
+                holder=holder,
+                pin=pin.number,
+                expires=expires,
+            )
         return Found(len(chain), pin.number)
 
     def read(self, key: bytes, pin: int, *, now: float) -> Block:
@@ -117,21 +124,21 @@ class BlockCache(Books):
             NotPinned: there is no such pin on it, or it was released or has lapsed.
         """
         held = self._pins.get(pin)
-        block = self._blocks.get(key)
-        if held is None or held.expires <= now or block is None or held not in block.pins:
+        block = held.blocks.get(key) if held is not None and held.expires > now else None
+        if block is None or self._blocks.get(key) is not block:
             raise NotPinned("no such pin is on this block", key=key)
         self._say("Read", block, pin=pin)
         return block
 
     def _sealed_prefix(self, keys: Sequence[bytes]) -> list[Block]:
         chain: list[Block] = []
-        parent = b""
+        above = None
         for key in keys:
             block = self._blocks.get(key)
-            if block is None or block.parent != parent or not isinstance(block.state, Sealed):
+            if block is None or block.above is not above or block.writing is not None:
                 break
             chain.append(block)
-            parent = key
+            above = block
         return chain
 
     # Writing
@@ -170,7 +177,7 @@ class BlockCache(Books):
             return Reserved(Outcome.NO_ROOM)
         writing = Writing(self._draw(), holder, now + ttl)
         generation = self._next()
-        self._add(Block(key, parent, size, kind, writing, generation, generation, cost))
+        self._add(Block(key, self._blocks.get(parent), size, kind, writing, generation, generation, cost))
         self._leases[writing.lease] = self._blocks[key]
         self._quiet_until = min(self._quiet_until, writing.expires)
         self._say_reserved(self._blocks[key], writing)
@@ -183,7 +190,7 @@ class BlockCache(Books):
             NotLeased: the lease is not on this block, or has lapsed.
         """
         block = self._leases.get(lease)
-        if block is None or block.key != key or not isinstance(block.state, Writing) or block.state.expires <= now:
+        if block is None or block.key != key or _lapses(block) <= now:
             raise NotLeased("the lease on this block has lapsed, or never was", key=key)
         return block
 
@@ -197,8 +204,8 @@ class BlockCache(Books):
         block = self.writing(key, lease, now=now)
         if start < 0 or length <= 0 or start + length > block.size:
             raise CacheError("these bytes are not of the block", key=key, start=start, length=length, size=block.size)
-        if isinstance(block.state, Writing):
-            block.state.fill(start, start + length)
+        if block.writing is not None:
+            block.writing.fill(start, start + length)
         self._say("Write", block, lease=lease)
         return block
 
@@ -210,37 +217,34 @@ class BlockCache(Books):
             NotSealable: bytes are missing, or the parent is not sealed.
         """
         block = self.writing(key, lease, now=now)
-        if isinstance(block.state, Writing) and block.state.filled != [(0, block.size)]:
+        if block.writing is None or block.writing.filled != [(0, block.size)]:
             raise NotSealable("bytes of the block are missing", key=key)
-        if not self._parent_sealed(block):
+        if block.above is not None and not block.above.sealed:
             raise NotSealable("the block before it is not sealed", key=key, parent=block.parent)
         del self._leases[lease]
-        block.state = Sealed(checksum)
+        block.writing, block.checksum = None, checksum
         block.copies[Tier.RAM] = Copy.WHOLE
-        self._touch(block)
+        self._touch([block])
         self._say("Seal", block, lease=lease, checksum=checksum)
         return block
 
     def _again(self, block: Block, parent: bytes, size: int, holder: str, expires: float) -> Reserved:
-        state = block.state
-        if isinstance(state, Sealed):
+        writing = block.writing
+        if writing is None:
             return Reserved(Outcome.PRESENT)
-        if (state.holder, block.parent, block.size) != (holder, parent, size):
+        if (writing.holder, block.parent, block.size) != (holder, parent, size):
             return Reserved(Outcome.BUSY)
-        state.expires = max(expires, state.expires)
-        self._say_reserved(block, state)
-        return Reserved(Outcome.GRANTED, state.lease)
+        writing.expires = max(expires, writing.expires)
+        self._say_reserved(block, writing)
+        return Reserved(Outcome.GRANTED, writing.lease)
 
     def _refusal(self, parent: bytes, kind: bytes, holder: str) -> Outcome | None:
         above = self._blocks.get(parent)
         if above is None:
             return Outcome.NO_PARENT if parent else None
-        if isinstance(above.state, Writing) and above.state.holder != holder:
+        if above.writing is not None and above.writing.holder != holder:
             return Outcome.NO_PARENT
         return Outcome.FOREIGN if above.kind != kind else None
-
-    def _parent_sealed(self, block: Block) -> bool:
-        return not block.parent or self._blocks[block.parent].sealed
 
     # Giving back
 
@@ -260,11 +264,10 @@ class BlockCache(Books):
 
     def _unpin(self, pin: Pin, action: str) -> None:
         del self._pins[pin.number]
-        for block in pin.blocks:
-            block.pins.discard(pin)
+        for block in pin.blocks.values():
+            block.pins -= 1
             if not block.pins and self._condemned.pop(block.generation, None) is not None:
                 self._give_up_all(block)
-        pin.blocks = ()
         self._tell(action, pin=pin.number, holder=pin.holder)
 
     def _lapse_leases(self, now: float) -> None:
@@ -278,7 +281,7 @@ class BlockCache(Books):
     def _abandon(self, block: Block, action: str) -> None:
         """Drops a block that is being written and all below it, which cannot be sealed any more."""
         for each in reversed(self._and_below(block)):
-            lease = each.state.lease if isinstance(each.state, Writing) else 0
+            lease = each.writing.lease if each.writing is not None else 0
             self._remove(each)
             self._give_up_all(each)
             self._say(action, each, lease=lease, gone=True)
@@ -297,10 +300,9 @@ class BlockCache(Books):
         Parents first, so that what is on disk is a whole prefix.
         """
         block = self._blocks.get(key)
-        above = self._blocks.get(block.parent) if block is not None else None
         if block is None or block.copies != [Copy.WHOLE, Copy.ABSENT]:
             return None
-        if block.parent and (above is None or above.copies[Tier.DISK] is not Copy.WHOLE):
+        if block.above is not None and block.above.copies[Tier.DISK] is not Copy.WHOLE:
             return None
         if not self._make_room(Tier.DISK, block.size, block.parent, now):
             return None
@@ -375,14 +377,13 @@ class BlockCache(Books):
             above = self._blocks.get(entry.parent)
             if self._capacity_left(Tier.DISK) < self._rounded(entry.size) or (above and above.kind != entry.kind):
                 continue
-            block = Block(entry.key, entry.parent, entry.size, entry.kind, Sealed(entry.checksum), entry.generation, 0)
+            block = Block(entry.key, above, entry.size, entry.kind, None, entry.generation, 0, checksum=entry.checksum)
             self._add(block, Tier.DISK)
             block.copies[Tier.DISK] = Copy.WHOLE
             restored.append(block)
             del waiting[entry.key]
             ready.extend(below.get(entry.key, []))
-        for block in reversed(restored):
-            self._touch(block)
+        self._touch(restored)
         generations = tuple(block.generation for block in restored)
         self._tell("Restore", keys=tuple(block.key for block in restored), generations=generations)
         return list(waiting)
@@ -415,4 +416,4 @@ class BlockCache(Books):
 
 
 def _lapses(block: Block) -> float:
-    return block.state.expires if isinstance(block.state, Writing) else math.inf
+    return block.writing.expires if block.writing is not None else math.inf
