@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -46,14 +46,19 @@ class Books:
 
     # Eviction
 
-    def _touch(self, blocks: Sequence[Block]) -> None:
-        """They were used, the last of them first."""
-        for block in blocks:
-            block.uses += 1
-        self._policy.used(reversed(blocks))
-        for block in blocks:
-            if not all(block.below):
-                self._offer(block)
+    def _touch(self, block: Block) -> None:
+        """It was used, and so were all before it: they take its rank over when it goes."""
+        block.uses += 1
+        block.rank = self._policy.used(block)
+        self._offer(block)
+
+    def _bequeath(self, block: Block) -> None:
+        """A copy of it goes: the block before it was used whenever it was."""
+        above = block.above
+        if above is not None:
+            above.uses = max(above.uses, block.uses)
+            above.rank = max(above.rank, block.rank)
+            self._offer(above)
 
     def _offer(self, block: Block) -> None:
         """Notes a block as one to evict, where it may go."""
@@ -103,6 +108,7 @@ class Books:
             copies_gone[block.parent] += 1
             children_gone[block.parent] += self._is_last(block)
             above = block.above
+            self._bequeath(block)
             if above is not None and self._may_go(above, tier, copies_gone[above.key], children_gone[above.key]):
                 self._orders[tier].push(above)
         for block in kept:
@@ -156,7 +162,7 @@ class Books:
         self._drops.append(Drop(tier, block.key, block.slot if tier is Tier.RAM else block.generation))
         if block.above is not None and self._blocks.get(block.key) is block:
             block.above.below[tier] -= 1
-            self._offer(block.above)
+            self._bequeath(block)
 
     def _give_up_all(self, block: Block) -> None:
         """Of a block that is out of the index."""
@@ -174,7 +180,7 @@ class Books:
             above.children.discard(block.key)
             for tier in Tier:
                 above.below[tier] -= block.copies[tier] is not Copy.ABSENT
-            self._offer(above)
+            self._bequeath(block)
 
     # The observer
 

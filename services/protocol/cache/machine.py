@@ -104,7 +104,7 @@ class BlockCache(Books):
         for block in chain:
             block.pins += 1
             block.pinned_until = max(expires, block.pinned_until)
-        self._touch(chain)
+        self._touch(chain[-1])
         if self._observer:
             generations = tuple(block.generation for block in chain)
             self._tell(
@@ -224,7 +224,7 @@ class BlockCache(Books):
         del self._leases[lease]
         block.writing, block.checksum = None, checksum
         block.copies[Tier.RAM] = Copy.WHOLE
-        self._touch([block])
+        self._touch(block)
         self._say("Seal", block, lease=lease, checksum=checksum)
         return block
 
@@ -383,7 +383,8 @@ class BlockCache(Books):
             restored.append(block)
             del waiting[entry.key]
             ready.extend(below.get(entry.key, []))
-        self._touch(restored)
+        for block in reversed(restored):
+            self._touch(block)
         generations = tuple(block.generation for block in restored)
         self._tell("Restore", keys=tuple(block.key for block in restored), generations=generations)
         return list(waiting)

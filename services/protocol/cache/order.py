@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
@@ -13,10 +13,10 @@ Entry = tuple[float, int, bytes]
 
 
 class Policy(Protocol):
-    """Gives blocks that are used their ranks; the lowest is evicted first."""
+    """Gives a block that is used its rank; the lowest is evicted first."""
 
-    def used(self, blocks: Iterable[Block]) -> None:
-        """Each was used, one after the other: sets their ``rank``."""
+    def used(self, block: Block) -> float:
+        """Its rank from now on."""
 
     def evicted(self, block: Block) -> None:
         """A block went for lack of room."""
@@ -28,11 +28,9 @@ class Recency:
     def __init__(self) -> None:
         self._uses = 0
 
-    def used(self, blocks: Iterable[Block]) -> None:
-        uses = self._uses
-        for uses, block in enumerate(blocks, uses + 1):
-            block.rank = uses
-        self._uses = uses
+    def used(self, block: Block) -> float:  # noqa: ARG002  as the protocol says
+        self._uses += 1
+        return self._uses
 
     def evicted(self, block: Block) -> None:
         """Nothing to learn."""
@@ -49,12 +47,10 @@ class Cost:
         self._age = 0.0
         self._uses = 0
 
-    def used(self, blocks: Iterable[Block]) -> None:
+    def used(self, block: Block) -> float:
         # Equal ranks go in order of use: what a use adds stays far below any difference of cost.
-        age, uses = self._age, self._uses
-        for uses, block in enumerate(blocks, uses + 1):
-            block.rank = age + block.uses * (block.cost or block.size) / block.size + uses * 1e-9
-        self._uses = uses
+        self._uses += 1
+        return self._age + block.uses * (block.cost or block.size) / block.size + self._uses * 1e-9
 
     def evicted(self, block: Block) -> None:
         self._age = max(self._age, block.rank)
