@@ -53,6 +53,8 @@ DraftDtype = Annotated[Literal["fp32", "bf16", "int8"], msgspec.Meta(description
 Numerics = Annotated[Literal["invariant", "fast"], msgspec.Meta(description="invariant or fast")]
 Role = Annotated[Literal["mixed", "prefill", "decode"], msgspec.Meta(description="mixed, prefill or decode")]
 Number = Annotated[float, msgspec.Meta(ge=0, le=1e9, description="a number, 0 or more")]
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**48, description="a number of bytes, 0 or more")]
+Eviction = Annotated[Literal["cost", "lru"], msgspec.Meta(description="cost or lru")]
 Listen = Annotated[
     str,
     msgspec.Meta(
@@ -149,7 +151,10 @@ class KvConfig:
     """The store of KV blocks."""
 
     listen: Listen = _LOCAL
-    capacity_bytes: Count = 268_435_456
+    ram_bytes: Count = 268_435_456  # of shared memory
+    disk_bytes: Size = 0  # below data_dir/kv; 0: none, and a restart begins empty
+    eviction: Eviction = "cost"  # what goes first when there is no room; lru: the least recently used
+    peers: Switch = True  # ask other stores for what is not here
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from countersign.services.protocol.keys import chain_keys, root_key
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.errors import CountersignError
-from countersign.services.runtime.rpc import Channel
 from countersign.services.target.backoff import Backoff
+from countersign.services.target.blocks import Staging, StoreLink
+from countersign.services.target.putting import Putting
 from countersign.v1.kv_pb2 import (
     BlockId,
-    GetRequest,
-    GetResponse,
+    BlockKind,
     LookupRequest,
     LookupResponse,
-    PutRequest,
-    PutResponse,
     ReleaseRequest,
     ReleaseResponse,
     ReserveRequest,
@@ -27,8 +26,7 @@ from countersign.v1.kv_pb2 import (
 )
 
 CALL_TIMEOUT_S = 0.5
-DATA_TIMEOUT_S = 5.0
-TTL_MS = 10_000
+TTL_MS = 30_000
 MAX_KEYS = 512
 
 
@@ -44,14 +42,34 @@ class PrefixKeys:
 
 
 class Prefixes:
-    """The kv service as one target sees it; ``holder`` is the target's instance."""
+    """The kv service as one target sees it.
 
-    def __init__(self, bus: Bus, holder: str, clock: Callable[[], float], log: logging.Logger) -> None:
+    Args:
+        holder: the target's instance.
+        keys: what its blocks are of.
+        block_bytes: size of one block.
+        share_memory: false: bytes go by gRPC even where the store is on this host.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        holder: str,
+        clock: Callable[[], float],
+        log: logging.Logger,
+        *,
+        keys: PrefixKeys,
+        block_bytes: int,
+        share_memory: bool = True,
+    ) -> None:
         self._bus = bus
-        self._holder = holder
+        # Who knows the name of a writer gets its leases, so that nobody may guess it.
+        self._holder = f"{holder}/{secrets.token_hex(8)}"
         self._backoff = Backoff(clock)
         self._log = log
-        self._channels: dict[str, Channel] = {}
+        self._kind = BlockKind(weights_sha256=keys.weights, cache_format=keys.cache_format, size=block_bytes)
+        self._staging = Staging() if share_memory else None
+        self._links: dict[str, StoreLink] = {}
 
     @property
     def resting(self) -> bool:
@@ -64,15 +82,15 @@ class Prefixes:
         """
         if len(keys) <= first or self._backoff.resting:
             return []
-        holder = f"{self._holder}/{request_id}"
         try:
-            lookup = LookupRequest(keys=keys, holder=holder, ttl_ms=TTL_MS)
+            lookup = LookupRequest(keys=keys, holder=f"{self._holder}/{request_id}", ttl_ms=TTL_MS, skip=first)
             found = await self._bus.call("kv", "Lookup", lookup, LookupResponse, timeout=CALL_TIMEOUT_S)
-            if not found.found:
-                self._backoff.answered()
-                return []
-            blocks = await self._get(found.address, holder, keys[first : found.found])
-            await self._release(holder)
+            try:
+                blocks: list[bytes] = []
+                if found.found > first:
+                    blocks = await self._link(found.address, found.socket).read(keys[first : found.found], found)
+            finally:
+                await self._release([found.pin])
         except CountersignError as error:
             self._backoff.failed()
             self._log.warning("kv store does not answer, prefilling instead error=%s", error.reason)
@@ -80,54 +98,78 @@ class Prefixes:
         self._backoff.answered()
         return blocks
 
-    async def store(self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int) -> None:
+    async def store(
+        self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int, cost_us: int = 0
+    ) -> None:
         """Put the blocks ``first``, ``first`` + 1, ... of a chain, those that nobody has or writes."""
-        holder = f"{self._holder}/{request_id}"
-        ids = [
-            BlockId(key=keys[i], parent=keys[i - 1] if i else b"", size=len(block))
-            for i, block in enumerate(blocks, first)
-        ]
-        if not ids or self._backoff.resting:
-            return
+        async with self.putting(request_id, keys, first, len(blocks), cost_us) as put:
+            await put.part(0, blocks)
+
+    @asynccontextmanager
+    async def putting(
+        self, request_id: str, keys: Sequence[bytes], first: int, count: int, cost_us: int = 0
+    ) -> AsyncIterator[Putting]:
+        """A put of ``count`` blocks from ``keys[first]`` on, in parts; leaving it seals those that are whole.
+
+        ``async with prefixes.putting(...) as put: await put.part(layer, [a slice of each of the blocks])`` for
+        each layer in turn. ``put.wanted`` says which of the slices are used at all: only those need to be made. Nothing
+        that the store does raises here.
+
+        ``cost_us``: what computing one block took, in microseconds; 0: not known. Puts of one request come one after
+        the other: a block is sealed after those before it.
+        """
+        put = Putting(self._log)
+        leases: list[int] = []
+        if count > 0 and not self._backoff.resting:
+            leases = await self._begin(put, request_id, keys[: first + count], first, cost_us)
         try:
-            request = ReserveRequest(blocks=ids, holder=holder, ttl_ms=TTL_MS)
+            yield put
+        except BaseException:
+            await put.abandon()
+            await self._give_back(leases)
+            raise
+        if leases:
+            await put.end()
+            if put.failure is not None:
+                self._backoff.failed()
+                self._log.warning("kv store took %d blocks error=%s", put.sealed, put.failure.reason)
+            if put.sealed < len(leases):
+                await self._give_back(leases)
+
+    async def close(self) -> None:
+        for link in self._links.values():
+            await link.close()
+        if self._staging is not None:
+            self._staging.close()
+
+    async def _begin(self, put: Putting, request_id: str, keys: Sequence[bytes], first: int, cost_us: int) -> list[int]:
+        """Reserves the blocks; the leases."""
+        ids = [BlockId(key=keys[i], parent=keys[i - 1] if i else b"", cost_us=cost_us) for i in range(first, len(keys))]
+        request = ReserveRequest(blocks=ids, holder=f"{self._holder}/{request_id}", ttl_ms=TTL_MS, kind=self._kind)
+        try:
             reserved = await self._bus.call("kv", "Reserve", request, ReserveResponse, timeout=CALL_TIMEOUT_S)
-            leased = [(i, lease) for i, lease in enumerate(reserved.leases) if lease]
-            if leased:
-                puts = _puts([(ids[i].key, lease, blocks[i]) for i, lease in leased])
-                channel = self._channel(reserved.address)
-                await channel.put_stream("/countersign.v1.KvService/Put", puts, PutResponse, timeout=DATA_TIMEOUT_S)
-            await self._release(holder)
         except CountersignError as error:
             self._backoff.failed()
             self._log.warning("kv store took nothing error=%s", error.reason)
+            return []
+        self._backoff.answered()
+        granted = [(i, ids[i].key, grant.lease) for i, grant in enumerate(reserved.grants) if grant.lease]
+        if granted:
+            link = self._link(reserved.address, reserved.socket)
+            await put.begin(link, self._staging, granted, self._kind.size)
+        return [lease for _, _, lease in granted]
 
-    async def close(self) -> None:
-        for channel in self._channels.values():
-            await channel.close()
+    async def _give_back(self, numbers: Sequence[int]) -> None:
+        """Best effort: what is not given back lapses."""
+        with suppress(CountersignError):
+            await self._release(numbers)
 
-    async def _get(self, address: str, holder: str, keys: Sequence[bytes]) -> list[bytes]:
-        request = GetRequest(keys=keys, holder=holder)
-        channel = self._channel(address)
-        blocks: list[bytes] = []
-        replies = channel.stream("/countersign.v1.KvService/Get", request, GetResponse, timeout=DATA_TIMEOUT_S)
-        async for reply in replies:
-            if reply.key != keys[len(blocks)] or hashlib.sha256(reply.data).digest() != reply.checksum:
-                self._log.error("kv store sent a damaged block, prefilling from there block=%d", len(blocks))
-                break
-            blocks.append(reply.data)
-        return blocks
+    async def _release(self, numbers: Sequence[int]) -> None:
+        if any(numbers):
+            request = ReleaseRequest(numbers=numbers)
+            await self._bus.call("kv", "Release", request, ReleaseResponse, timeout=CALL_TIMEOUT_S)
 
-    async def _release(self, holder: str) -> None:
-        request = ReleaseRequest(holder=holder)
-        await self._bus.call("kv", "Release", request, ReleaseResponse, timeout=CALL_TIMEOUT_S)
-
-    def _channel(self, address: str) -> Channel:
-        if address not in self._channels:
-            self._channels[address] = Channel(address)
-        return self._channels[address]
-
-
-async def _puts(blocks: Sequence[tuple[bytes, int, bytes]]) -> AsyncIterator[PutRequest]:
-    for key, lease, data in blocks:
-        yield PutRequest(key=key, lease=lease, checksum=hashlib.sha256(data).digest(), data=data)
+    def _link(self, address: str, socket: str) -> StoreLink:
+        if address not in self._links:
+            self._links[address] = StoreLink(address, socket, self._staging, self._log)
+        return self._links[address]

@@ -321,7 +321,8 @@ async def create(context: Context) -> TargetService:
     keys = PrefixKeys(info.weights_sha256, f"{CACHE_FORMAT}/{config.dtype}/{model.executor.name}")
     prefixes = None
     if config.kv_store:
-        prefixes = Prefixes(context.bus, context.instance, time.monotonic, context.log)
+        size = cache.block_bytes
+        prefixes = Prefixes(context.bus, context.instance, time.monotonic, context.log, keys=keys, block_bytes=size)
     drafts = Drafts(context.bus, context.config.draft, model.config.vocabulary_size, time.monotonic, context.log)
     announcer = Announcer(context.bus if context.config.sidecar.enabled else None, context.instance)
     loop = TargetLoop(engine, drafts, prefixes, keys, wall_ms=wall_ms, log=context.log, announcer=announcer)

@@ -265,15 +265,17 @@ def test_a_block_on_disk_outlives_its_copy_in_ram() -> None:
     assert (cache.room(Tier.RAM), cache.room(Tier.DISK)) == (20, 20)
 
 
-def test_parents_go_to_disk_first() -> None:
+def test_what_is_on_disk_is_a_whole_prefix() -> None:
     cache = fresh(30, 30)
     fill(cache, A, B)
     assert cache.spill(B, now=0) is None
     assert cache.spill(A, now=0) is not None
-    assert cache.spill(B, now=0) is None, "its parent is on the way only"
-    assert cache.spilled(A, 1, ok=True)
     assert cache.spill(B, now=0) is not None
     assert cache.spill(B, now=0) is None, "it is on the way"
+    assert not cache.spilled(A, 1, ok=False)
+    assert not cache.spilled(B, 2, ok=True), "its parent is not there"
+    assert cache.room(Tier.DISK) == 0
+    on_disk(cache, A, B)
 
 
 def test_a_copy_that_failed_gives_its_room_back_and_may_be_tried_again() -> None:

@@ -49,7 +49,8 @@ def test_an_unknown_section_is_refused_with_the_nearest_right_one() -> None:
 
 def test_a_key_like_no_other_is_refused_with_the_keys_there_are() -> None:
     text = refused(overrides=("kv.zzz=1",))
-    assert text == "--set kv.zzz=1: unknown key kv.zzz (known are kv.listen, kv.capacity_bytes)"
+    known = "kv.listen, kv.ram_bytes, kv.disk_bytes, kv.eviction, kv.peers"
+    assert text == f"--set kv.zzz=1: unknown key kv.zzz (known are {known})"
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,9 @@ async def test_a_signal_while_starting_ends_the_process_cleanly(start: Start, bu
 
 
 async def test_a_wrong_configuration_ends_the_process_with_code_2_and_says_which(start: Start) -> None:
-    code, log = await ended(await start("--set", "kv.capacity=1"))
+    code, log = await ended(await start("--set", "kv.ram_byte=1"))
     assert code == 2
-    assert "unknown key kv.capacity (did you mean kv.capacity_bytes?)" in log
+    assert "unknown key kv.ram_byte (did you mean kv.ram_bytes?)" in log
 
 
 async def test_a_bus_that_is_not_configured_ends_the_process_with_code_2(start: Start) -> None:

@@ -35,7 +35,7 @@ def _check_sealed(block: Block, above: Block | None) -> None:
         raise CacheCorrupt("a sealed block without a copy", key=block.key)
     if above is not None and not above.sealed:
         raise CacheCorrupt("a sealed block below one that is not", key=block.key, parent=block.parent)
-    if above is not None and block.copies[Tier.DISK] and above.copies[Tier.DISK] is not Copy.WHOLE:
+    if above is not None and block.copies[Tier.DISK] is Copy.WHOLE is not above.copies[Tier.DISK]:
         raise CacheCorrupt("a block on disk below one that is not", key=block.key, parent=block.parent)
 
 

@@ -295,14 +295,11 @@ class BlockCache(Books):
     # Between the tiers
 
     def spill(self, key: bytes, *, now: float) -> Block | None:
-        """Begins a copy to disk, taking room there; None when it is there, has no room, or may not be yet.
-
-        Parents first, so that what is on disk is a whole prefix.
-        """
+        """Begins a copy to disk, taking room; None when there is one, no room, or none of its parent on the way."""
         block = self._blocks.get(key)
         if block is None or block.copies != [Copy.WHOLE, Copy.ABSENT]:
             return None
-        if block.above is not None and block.above.copies[Tier.DISK] is not Copy.WHOLE:
+        if block.above is not None and block.above.copies[Tier.DISK] is Copy.ABSENT:
             return None
         if not self._make_room(Tier.DISK, block.size, block.parent, now):
             return None
@@ -311,13 +308,18 @@ class BlockCache(Books):
         return block
 
     def spilled(self, key: bytes, generation: int, *, ok: bool) -> bool:
-        """That copy has ended. False: the block of this generation has gone meanwhile, and so must the copy."""
+        """That copy has ended. False: it does not count, because it failed, or its parent's did, or the block has gone.
+
+        So what is on disk is a whole prefix.
+        """
         block = self._blocks.get(key)
-        fits = block is not None and block.generation == generation and block.copies[Tier.DISK] is Copy.FILLING
-        if block is not None and fits:
+        if block is not None and (block.generation != generation or block.copies[Tier.DISK] is not Copy.FILLING):
+            block = None
+        if block is not None:
+            ok = ok and (block.above is None or block.above.copies[Tier.DISK] is Copy.WHOLE)
             self._arrived(block, Tier.DISK, ok=ok)
-        self._tell("Spilled", key=key, generation=generation, ok=ok and fits)
-        return ok and fits
+        self._tell("Spilled", key=key, generation=generation, ok=ok and block is not None)
+        return ok and block is not None
 
     def promote(self, key: bytes, *, now: float) -> Block | None:
         """Begins a copy to RAM, in a new slot; None when it is there or finds no room."""

@@ -24,39 +24,57 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63ountersign/v1/kv.proto\x12\x0e\x63ountersign.v1\"=\n\rLookupRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\"0\n\x0eLookupResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"Y\n\x0eReserveRequest\x12\'\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x17.countersign.v1.BlockId\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\"4\n\x07\x42lockId\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\"2\n\x0fReserveResponse\x12\x0e\n\x06leases\x18\x01 \x03(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"H\n\nPutRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\x1d\n\x0bPutResponse\x12\x0e\n\x06sealed\x18\x01 \x01(\r\"*\n\nGetRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x0e\n\x06holder\x18\x02 \x01(\t\":\n\x0bGetResponse\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\".\n\x0eReleaseRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\"\x11\n\x0fReleaseResponse\"\x11\n\x0fGetStatsRequest\"{\n\x10GetStatsResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07lookups\x18\x04 \x01(\x04\x12\x0c\n\x04hits\x18\x05 \x01(\x04\x12\x11\n\tevictions\x18\x06 \x01(\x04\x32\xbf\x03\n\tKvService\x12G\n\x06Lookup\x12\x1d.countersign.v1.LookupRequest\x1a\x1e.countersign.v1.LookupResponse\x12J\n\x07Reserve\x12\x1e.countersign.v1.ReserveRequest\x1a\x1f.countersign.v1.ReserveResponse\x12@\n\x03Put\x12\x1a.countersign.v1.PutRequest\x1a\x1b.countersign.v1.PutResponse(\x01\x12@\n\x03Get\x12\x1a.countersign.v1.GetRequest\x1a\x1b.countersign.v1.GetResponse0\x01\x12J\n\x07Release\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse\x12M\n\x08GetStats\x12\x1f.countersign.v1.GetStatsRequest\x1a .countersign.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63ountersign/v1/kv.proto\x12\x0e\x63ountersign.v1\"G\n\tBlockKind\x12\x16\n\x0eweights_sha256\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63\x61\x63he_format\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"Z\n\rLookupRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\x12\r\n\x05local\x18\x04 \x01(\x08\x12\x0c\n\x04skip\x18\x05 \x01(\r\"\x82\x01\n\x0eLookupResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03pin\x18\x03 \x01(\x04\x12%\n\x06places\x18\x04 \x03(\x0b\x32\x15.countersign.v1.Place\x12\x0e\n\x06socket\x18\x05 \x01(\t\x12\x0c\n\x04kind\x18\x06 \x01(\x0c\"<\n\x05Place\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.countersign.v1.Run\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x0c\"%\n\x03Run\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\"\x82\x01\n\x0eReserveRequest\x12\'\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x17.countersign.v1.BlockId\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\x12\'\n\x04kind\x18\x04 \x01(\x0b\x32\x19.countersign.v1.BlockKind\"7\n\x07\x42lockId\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63ost_us\x18\x03 \x01(\r\"G\n\x05Grant\x12\r\n\x05lease\x18\x01 \x01(\x04\x12/\n\x07outcome\x18\x02 \x01(\x0e\x32\x1e.countersign.v1.ReserveOutcome\"Y\n\x0fReserveResponse\x12%\n\x06grants\x18\x01 \x03(\x0b\x32\x15.countersign.v1.Grant\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06socket\x18\x03 \x01(\t\"4\n\nPutRequest\x12&\n\x05parts\x18\x01 \x03(\x0b\x32\x17.countersign.v1.PutPart\"}\n\x07PutPart\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12&\n\x06staged\x18\x05 \x01(\x0b\x32\x16.countersign.v1.Staged\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x0c\";\n\x06Staged\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12 \n\x03run\x18\x02 \x01(\x0b\x32\x13.countersign.v1.Run\"\x1d\n\x0bPutResponse\x12\x0e\n\x06sealed\x18\x01 \x01(\r\";\n\nGetRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x0b\n\x03pin\x18\x02 \x01(\x04\x12\x12\n\npart_bytes\x18\x03 \x01(\x04\"5\n\x0bGetResponse\x12&\n\x05parts\x18\x01 \x03(\x0b\x32\x17.countersign.v1.GetPart\"H\n\x07GetPart\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\"!\n\x0eReleaseRequest\x12\x0f\n\x07numbers\x18\x01 \x03(\x04\"\x11\n\x0fReleaseResponse\"\x11\n\x0fGetStatsRequest\"U\n\tTierStats\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x11\n\tevictions\x18\x04 \x01(\x04\"\xe4\x01\n\x10GetStatsResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12&\n\x03ram\x18\x03 \x01(\x0b\x32\x19.countersign.v1.TierStats\x12\'\n\x04\x64isk\x18\x04 \x01(\x0b\x32\x19.countersign.v1.TierStats\x12\x0f\n\x07lookups\x18\x05 \x01(\x04\x12\x0c\n\x04hits\x18\x06 \x01(\x04\x12\x0e\n\x06sealed\x18\x07 \x01(\x04\x12\x0c\n\x04read\x18\x08 \x01(\x04\x12\x12\n\nfrom_peers\x18\t \x01(\x04\x12\x0f\n\x07\x64\x61maged\x18\n \x01(\x04*\xde\x01\n\x0eReserveOutcome\x12\x1f\n\x1bRESERVE_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17RESERVE_OUTCOME_GRANTED\x10\x01\x12\x1b\n\x17RESERVE_OUTCOME_PRESENT\x10\x02\x12\x18\n\x14RESERVE_OUTCOME_BUSY\x10\x03\x12\x1d\n\x19RESERVE_OUTCOME_NO_PARENT\x10\x04\x12\x1b\n\x17RESERVE_OUTCOME_FOREIGN\x10\x05\x12\x1b\n\x17RESERVE_OUTCOME_NO_ROOM\x10\x06\x32\xbf\x03\n\tKvService\x12G\n\x06Lookup\x12\x1d.countersign.v1.LookupRequest\x1a\x1e.countersign.v1.LookupResponse\x12J\n\x07Reserve\x12\x1e.countersign.v1.ReserveRequest\x1a\x1f.countersign.v1.ReserveResponse\x12@\n\x03Put\x12\x1a.countersign.v1.PutRequest\x1a\x1b.countersign.v1.PutResponse(\x01\x12@\n\x03Get\x12\x1a.countersign.v1.GetRequest\x1a\x1b.countersign.v1.GetResponse0\x01\x12J\n\x07Release\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse\x12M\n\x08GetStats\x12\x1f.countersign.v1.GetStatsRequest\x1a .countersign.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'countersign.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOOKUPREQUEST']._serialized_start=43
-  _globals['_LOOKUPREQUEST']._serialized_end=104
-  _globals['_LOOKUPRESPONSE']._serialized_start=106
-  _globals['_LOOKUPRESPONSE']._serialized_end=154
-  _globals['_RESERVEREQUEST']._serialized_start=156
-  _globals['_RESERVEREQUEST']._serialized_end=245
-  _globals['_BLOCKID']._serialized_start=247
-  _globals['_BLOCKID']._serialized_end=299
-  _globals['_RESERVERESPONSE']._serialized_start=301
-  _globals['_RESERVERESPONSE']._serialized_end=351
-  _globals['_PUTREQUEST']._serialized_start=353
-  _globals['_PUTREQUEST']._serialized_end=425
-  _globals['_PUTRESPONSE']._serialized_start=427
-  _globals['_PUTRESPONSE']._serialized_end=456
-  _globals['_GETREQUEST']._serialized_start=458
-  _globals['_GETREQUEST']._serialized_end=500
-  _globals['_GETRESPONSE']._serialized_start=502
-  _globals['_GETRESPONSE']._serialized_end=560
-  _globals['_RELEASEREQUEST']._serialized_start=562
-  _globals['_RELEASEREQUEST']._serialized_end=608
-  _globals['_RELEASERESPONSE']._serialized_start=610
-  _globals['_RELEASERESPONSE']._serialized_end=627
-  _globals['_GETSTATSREQUEST']._serialized_start=629
-  _globals['_GETSTATSREQUEST']._serialized_end=646
-  _globals['_GETSTATSRESPONSE']._serialized_start=648
-  _globals['_GETSTATSRESPONSE']._serialized_end=771
-  _globals['_KVSERVICE']._serialized_start=774
-  _globals['_KVSERVICE']._serialized_end=1221
+  _globals['_RESERVEOUTCOME']._serialized_start=1651
+  _globals['_RESERVEOUTCOME']._serialized_end=1873
+  _globals['_BLOCKKIND']._serialized_start=43
+  _globals['_BLOCKKIND']._serialized_end=114
+  _globals['_LOOKUPREQUEST']._serialized_start=116
+  _globals['_LOOKUPREQUEST']._serialized_end=206
+  _globals['_LOOKUPRESPONSE']._serialized_start=209
+  _globals['_LOOKUPRESPONSE']._serialized_end=339
+  _globals['_PLACE']._serialized_start=341
+  _globals['_PLACE']._serialized_end=401
+  _globals['_RUN']._serialized_start=403
+  _globals['_RUN']._serialized_end=440
+  _globals['_RESERVEREQUEST']._serialized_start=443
+  _globals['_RESERVEREQUEST']._serialized_end=573
+  _globals['_BLOCKID']._serialized_start=575
+  _globals['_BLOCKID']._serialized_end=630
+  _globals['_GRANT']._serialized_start=632
+  _globals['_GRANT']._serialized_end=703
+  _globals['_RESERVERESPONSE']._serialized_start=705
+  _globals['_RESERVERESPONSE']._serialized_end=794
+  _globals['_PUTREQUEST']._serialized_start=796
+  _globals['_PUTREQUEST']._serialized_end=848
+  _globals['_PUTPART']._serialized_start=850
+  _globals['_PUTPART']._serialized_end=975
+  _globals['_STAGED']._serialized_start=977
+  _globals['_STAGED']._serialized_end=1036
+  _globals['_PUTRESPONSE']._serialized_start=1038
+  _globals['_PUTRESPONSE']._serialized_end=1067
+  _globals['_GETREQUEST']._serialized_start=1069
+  _globals['_GETREQUEST']._serialized_end=1128
+  _globals['_GETRESPONSE']._serialized_start=1130
+  _globals['_GETRESPONSE']._serialized_end=1183
+  _globals['_GETPART']._serialized_start=1185
+  _globals['_GETPART']._serialized_end=1257
+  _globals['_RELEASEREQUEST']._serialized_start=1259
+  _globals['_RELEASEREQUEST']._serialized_end=1292
+  _globals['_RELEASERESPONSE']._serialized_start=1294
+  _globals['_RELEASERESPONSE']._serialized_end=1311
+  _globals['_GETSTATSREQUEST']._serialized_start=1313
+  _globals['_GETSTATSREQUEST']._serialized_end=1330
+  _globals['_TIERSTATS']._serialized_start=1332
+  _globals['_TIERSTATS']._serialized_end=1417
+  _globals['_GETSTATSRESPONSE']._serialized_start=1420
+  _globals['_GETSTATSRESPONSE']._serialized_end=1648
+  _globals['_KVSERVICE']._serialized_start=1876
+  _globals['_KVSERVICE']._serialized_end=2323
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,74 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ReserveOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReserveOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReserveOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESERVE_OUTCOME_UNSPECIFIED: _ReserveOutcome.ValueType  # 0
+    RESERVE_OUTCOME_GRANTED: _ReserveOutcome.ValueType  # 1
+    """The lease is given, or given again."""
+    RESERVE_OUTCOME_PRESENT: _ReserveOutcome.ValueType  # 2
+    """The block is sealed already."""
+    RESERVE_OUTCOME_BUSY: _ReserveOutcome.ValueType  # 3
+    """Another writes it."""
+    RESERVE_OUTCOME_NO_PARENT: _ReserveOutcome.ValueType  # 4
+    """Its parent is not here, or being written by another."""
+    RESERVE_OUTCOME_FOREIGN: _ReserveOutcome.ValueType  # 5
+    """Its parent is of another model, cache format or size."""
+    RESERVE_OUTCOME_NO_ROOM: _ReserveOutcome.ValueType  # 6
+    """The store is full of what may not go."""
+
+class ReserveOutcome(_ReserveOutcome, metaclass=_ReserveOutcomeEnumTypeWrapper):
+    """One block's lease, or why there is none."""
+
+RESERVE_OUTCOME_UNSPECIFIED: ReserveOutcome.ValueType  # 0
+RESERVE_OUTCOME_GRANTED: ReserveOutcome.ValueType  # 1
+"""The lease is given, or given again."""
+RESERVE_OUTCOME_PRESENT: ReserveOutcome.ValueType  # 2
+"""The block is sealed already."""
+RESERVE_OUTCOME_BUSY: ReserveOutcome.ValueType  # 3
+"""Another writes it."""
+RESERVE_OUTCOME_NO_PARENT: ReserveOutcome.ValueType  # 4
+"""Its parent is not here, or being written by another."""
+RESERVE_OUTCOME_FOREIGN: ReserveOutcome.ValueType  # 5
+"""Its parent is of another model, cache format or size."""
+RESERVE_OUTCOME_NO_ROOM: ReserveOutcome.ValueType  # 6
+"""The store is full of what may not go."""
+Global___ReserveOutcome: _TypeAlias = ReserveOutcome  # noqa: Y015
+
+@_typing.final
+class BlockKind(_message.Message):
+    """What a block's bytes are of. All blocks of a chain agree in it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHTS_SHA256_FIELD_NUMBER: _builtins.int
+    CACHE_FORMAT_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    weights_sha256: _builtins.bytes
+    """SHA-256 of the weights."""
+    cache_format: _builtins.str
+    """Layout, dtype and executor."""
+    size: _builtins.int
+    """Bytes of one block."""
+    def __init__(
+        self,
+        *,
+        weights_sha256: _builtins.bytes = ...,
+        cache_format: _builtins.str = ...,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_format", b"cache_format", "size", b"size", "weights_sha256", b"weights_sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockKind: _TypeAlias = BlockKind  # noqa: Y015
+
 @_typing.final
 class LookupRequest(_message.Message):
     """A chain of block keys, root side first."""
@@ -27,10 +96,16 @@ class LookupRequest(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
     TTL_MS_FIELD_NUMBER: _builtins.int
+    LOCAL_FIELD_NUMBER: _builtins.int
+    SKIP_FIELD_NUMBER: _builtins.int
     holder: _builtins.str
-    """Who will hold the pins."""
+    """Who reads, for people; the pin's number is what opens."""
     ttl_ms: _builtins.int
-    """How long the pins last unless released, in milliseconds."""
+    """How long the pin lasts unless released, in milliseconds."""
+    local: _builtins.bool
+    """Look here only and ask no other store: how stores ask each other."""
+    skip: _builtins.int
+    """The first keys, of which the caller needs no bytes: they are pinned, but not brought into RAM."""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """32 bytes each; each the parent of the next."""
@@ -41,10 +116,12 @@ class LookupRequest(_message.Message):
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
         holder: _builtins.str = ...,
         ttl_ms: _builtins.int = ...,
+        local: _builtins.bool = ...,
+        skip: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "keys", b"keys", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "keys", b"keys", "local", b"local", "skip", b"skip", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -58,23 +135,95 @@ class LookupResponse(_message.Message):
 
     FOUND_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
+    SOCKET_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     found: _builtins.int
-    """The first so many keys are sealed, and pinned for the holder."""
+    """The first so many keys are sealed, and pinned."""
     address: _builtins.str
     """Where Get reads them: host:port."""
+    pin: _builtins.int
+    """Opens the blocks to who knows it; 0 when none was found."""
+    socket: _builtins.str
+    """Name of the store's socket."""
+    kind: _builtins.bytes
+    """Names what the blocks' bytes are of, for other stores; empty when nothing was found."""
+    @_builtins.property
+    def places(self) -> _containers.RepeatedCompositeFieldContainer[Global___Place]:
+        """Where they lie in the arena, one for each key from `skip` on; without a run: not in RAM."""
+
     def __init__(
         self,
         *,
         found: _builtins.int = ...,
         address: _builtins.str = ...,
+        pin: _builtins.int = ...,
+        places: _abc.Iterable[Global___Place] | None = ...,
+        socket: _builtins.str = ...,
+        kind: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "found", b"found"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "found", b"found", "kind", b"kind", "pin", b"pin", "places", b"places", "socket", b"socket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LookupResponse: _TypeAlias = LookupResponse  # noqa: Y015
+
+@_typing.final
+class Place(_message.Message):
+    """Where a block lies in the store's arena."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    checksum: _builtins.bytes
+    """XXH3-128 of the block: who reads compares it with the copy."""
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Run]:
+        """In order; nearly always one."""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[Global___Run] | None = ...,
+        checksum: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Place: _TypeAlias = Place  # noqa: Y015
+
+@_typing.final
+class Run(_message.Message):
+    """A stretch of shared memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """First byte."""
+    length: _builtins.int
+    """Number of bytes."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Run: _TypeAlias = Run  # noqa: Y015
 
 @_typing.final
 class ReserveRequest(_message.Message):
@@ -85,13 +234,18 @@ class ReserveRequest(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
     TTL_MS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     holder: _builtins.str
-    """Who will write."""
+    """Who will write: a name that nobody guesses, since who has it gets its leases again."""
     ttl_ms: _builtins.int
     """How long the leases last, in milliseconds."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockId]:
-        """The blocks, parents first."""
+        """The blocks, parents first, all of one kind."""
+
+    @_builtins.property
+    def kind(self) -> Global___BlockKind:
+        """What the blocks are of."""
 
     def __init__(
         self,
@@ -99,10 +253,11 @@ class ReserveRequest(_message.Message):
         blocks: _abc.Iterable[Global___BlockId] | None = ...,
         holder: _builtins.str = ...,
         ttl_ms: _builtins.int = ...,
+        kind: Global___BlockKind | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "holder", b"holder", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "holder", b"holder", "kind", b"kind", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -116,27 +271,53 @@ class BlockId(_message.Message):
 
     KEY_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
-    SIZE_FIELD_NUMBER: _builtins.int
+    COST_US_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     """32 bytes."""
     parent: _builtins.bytes
     """Key of the block before it; empty for the first of a prompt."""
-    size: _builtins.int
-    """Size in bytes."""
+    cost_us: _builtins.int
+    """Time that computing it took, in microseconds; 0: not known."""
     def __init__(
         self,
         *,
         key: _builtins.bytes = ...,
         parent: _builtins.bytes = ...,
-        size: _builtins.int = ...,
+        cost_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "parent", b"parent", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_us", b"cost_us", "key", b"key", "parent", b"parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BlockId: _TypeAlias = BlockId  # noqa: Y015
+
+@_typing.final
+class Grant(_message.Message):
+    """What became of one block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    lease: _builtins.int
+    """The lease, when granted."""
+    outcome: Global___ReserveOutcome.ValueType
+    """Whether it was."""
+    def __init__(
+        self,
+        *,
+        lease: _builtins.int = ...,
+        outcome: Global___ReserveOutcome.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Grant: _TypeAlias = Grant  # noqa: Y015
 
 @_typing.final
 class ReserveResponse(_message.Message):
@@ -144,23 +325,27 @@ class ReserveResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    LEASES_FIELD_NUMBER: _builtins.int
+    GRANTS_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    SOCKET_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """Where Put writes: host:port."""
+    socket: _builtins.str
+    """Name of the store's socket."""
     @_builtins.property
-    def leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """One a block that was asked for, 0 where it exists, is being written by another, or has no room."""
+    def grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Grant]:
+        """One a block that was asked for."""
 
     def __init__(
         self,
         *,
-        leases: _abc.Iterable[_builtins.int] | None = ...,
+        grants: _abc.Iterable[Global___Grant] | None = ...,
         address: _builtins.str = ...,
+        socket: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "leases", b"leases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "grants", b"grants", "socket", b"socket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -168,37 +353,99 @@ Global___ReserveResponse: _TypeAlias = ReserveResponse  # noqa: Y015
 
 @_typing.final
 class PutRequest(_message.Message):
-    """One block."""
+    """Parts of blocks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PutPart]:
+        """In the order in which they are to be taken."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___PutPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutRequest: _TypeAlias = PutRequest  # noqa: Y015
+
+@_typing.final
+class PutPart(_message.Message):
+    """A part of one block. The last part of a block says its checksum, and seals it; parents first."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
-    CHECKSUM_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     """32 bytes."""
     lease: _builtins.int
     """From Reserve."""
-    checksum: _builtins.bytes
-    """SHA-256 of data."""
+    offset: _builtins.int
+    """First byte of the part in the block."""
     data: _builtins.bytes
-    """K and V in the cache format's order."""
+    """K and V in the cache format's order; empty when they are `staged`, or when only the seal is still missing."""
+    checksum: _builtins.bytes
+    """XXH3-128 of the whole block; empty while parts are missing."""
+    @_builtins.property
+    def staged(self) -> Global___Staged:
+        """They lie in the caller's memfd."""
+
     def __init__(
         self,
         *,
         key: _builtins.bytes = ...,
         lease: _builtins.int = ...,
-        checksum: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
         data: _builtins.bytes = ...,
+        staged: Global___Staged | None = ...,
+        checksum: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["staged", b"staged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "key", b"key", "lease", b"lease"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "key", b"key", "lease", b"lease", "offset", b"offset", "staged", b"staged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PutRequest: _TypeAlias = PutRequest  # noqa: Y015
+Global___PutPart: _TypeAlias = PutPart  # noqa: Y015
+
+@_typing.final
+class Staged(_message.Message):
+    """Bytes in the memfd that a caller gave over the socket."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    session: _builtins.int
+    """The number that the socket answered."""
+    @_builtins.property
+    def run(self) -> Global___Run:
+        """Where they lie."""
+
+    def __init__(
+        self,
+        *,
+        session: _builtins.int = ...,
+        run: Global___Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Staged: _TypeAlias = Staged  # noqa: Y015
 
 @_typing.final
 class PutResponse(_message.Message):
@@ -208,7 +455,7 @@ class PutResponse(_message.Message):
 
     SEALED_FIELD_NUMBER: _builtins.int
     sealed: _builtins.int
-    """Number of blocks sealed; the others' leases had lapsed."""
+    """Number of blocks sealed."""
     def __init__(
         self,
         *,
@@ -229,22 +476,28 @@ class GetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEYS_FIELD_NUMBER: _builtins.int
-    HOLDER_FIELD_NUMBER: _builtins.int
-    holder: _builtins.str
-    """Who holds the pins."""
+    PIN_FIELD_NUMBER: _builtins.int
+    PART_BYTES_FIELD_NUMBER: _builtins.int
+    pin: _builtins.int
+    """From Lookup."""
+    part_bytes: _builtins.int
+    """Bytes of a part: first the first part of every block, then the second of every block, and so on; such as one layer's.
+    0: whole blocks, cut where a message would be too long.
+    """
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """32 bytes each, pinned by the holder."""
+        """32 bytes each, kept by the pin."""
 
     def __init__(
         self,
         *,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
-        holder: _builtins.str = ...,
+        pin: _builtins.int = ...,
+        part_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "keys", b"keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "part_bytes", b"part_bytes", "pin", b"pin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,33 +505,61 @@ Global___GetRequest: _TypeAlias = GetRequest  # noqa: Y015
 
 @_typing.final
 class GetResponse(_message.Message):
-    """One block."""
+    """Parts of blocks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    KEY_FIELD_NUMBER: _builtins.int
-    CHECKSUM_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
-    key: _builtins.bytes
-    """32 bytes."""
-    checksum: _builtins.bytes
-    """SHA-256 of data."""
-    data: _builtins.bytes
-    """As it was put."""
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetPart]:
+        """In the order of the request."""
+
     def __init__(
         self,
         *,
-        key: _builtins.bytes = ...,
-        checksum: _builtins.bytes = ...,
-        data: _builtins.bytes = ...,
+        parts: _abc.Iterable[Global___GetPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetResponse: _TypeAlias = GetResponse  # noqa: Y015
+
+@_typing.final
+class GetPart(_message.Message):
+    """A part of one block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Its place in the request's keys."""
+    offset: _builtins.int
+    """First byte of the part in the block."""
+    data: _builtins.bytes
+    """As it was put."""
+    checksum: _builtins.bytes
+    """XXH3-128 of the whole block, on its last part."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        checksum: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "index", b"index", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPart: _TypeAlias = GetPart  # noqa: Y015
 
 @_typing.final
 class ReleaseRequest(_message.Message):
@@ -286,23 +567,19 @@ class ReleaseRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    HOLDER_FIELD_NUMBER: _builtins.int
-    KEYS_FIELD_NUMBER: _builtins.int
-    holder: _builtins.str
-    """Who holds them."""
+    NUMBERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """The blocks; empty for all of the holder's pins and leases."""
+    def numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pins and leases; one that is over already is none."""
 
     def __init__(
         self,
         *,
-        holder: _builtins.str = ...,
-        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        numbers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "keys", b"keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["numbers", b"numbers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -343,6 +620,40 @@ class GetStatsRequest(_message.Message):
 Global___GetStatsRequest: _TypeAlias = GetStatsRequest  # noqa: Y015
 
 @_typing.final
+class TierStats(_message.Message):
+    """What one tier holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
+    blocks: _builtins.int
+    """Copies."""
+    bytes: _builtins.int
+    """Room that they take, what is being written included."""
+    capacity_bytes: _builtins.int
+    """The most that it may take."""
+    evictions: _builtins.int
+    """Copies evicted since start."""
+    def __init__(
+        self,
+        *,
+        blocks: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        capacity_bytes: _builtins.int = ...,
+        evictions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "bytes", b"bytes", "capacity_bytes", b"capacity_bytes", "evictions", b"evictions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierStats: _TypeAlias = TierStats  # noqa: Y015
+
+@_typing.final
 class GetStatsResponse(_message.Message):
     """What the store holds."""
 
@@ -350,35 +661,55 @@ class GetStatsResponse(_message.Message):
 
     BLOCKS_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
-    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    RAM_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
     LOOKUPS_FIELD_NUMBER: _builtins.int
     HITS_FIELD_NUMBER: _builtins.int
-    EVICTIONS_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    READ_FIELD_NUMBER: _builtins.int
+    FROM_PEERS_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
     """Sealed blocks."""
     bytes: _builtins.int
     """Their bytes."""
-    capacity_bytes: _builtins.int
-    """The most bytes it may hold."""
     lookups: _builtins.int
     """Keys asked for by Lookup since start."""
     hits: _builtins.int
     """Keys found by Lookup since start."""
-    evictions: _builtins.int
-    """Blocks evicted since start."""
+    sealed: _builtins.int
+    """Blocks sealed since start."""
+    read: _builtins.int
+    """Blocks sent by Get, or handed out in shared memory, since start."""
+    from_peers: _builtins.int
+    """Blocks fetched from other stores since start."""
+    damaged: _builtins.int
+    """Blocks whose bytes did not have their checksum, since start."""
+    @_builtins.property
+    def ram(self) -> Global___TierStats:
+        """In shared memory."""
+
+    @_builtins.property
+    def disk(self) -> Global___TierStats:
+        """On disk."""
+
     def __init__(
         self,
         *,
         blocks: _builtins.int = ...,
         bytes: _builtins.int = ...,
-        capacity_bytes: _builtins.int = ...,
+        ram: Global___TierStats | None = ...,
+        disk: Global___TierStats | None = ...,
         lookups: _builtins.int = ...,
         hits: _builtins.int = ...,
-        evictions: _builtins.int = ...,
+        sealed: _builtins.int = ...,
+        read: _builtins.int = ...,
+        from_peers: _builtins.int = ...,
+        damaged: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "ram", b"ram"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "bytes", b"bytes", "capacity_bytes", b"capacity_bytes", "evictions", b"evictions", "hits", b"hits", "lookups", b"lookups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "bytes", b"bytes", "damaged", b"damaged", "disk", b"disk", "from_peers", b"from_peers", "hits", b"hits", "lookups", b"lookups", "ram", b"ram", "read", b"read", "sealed", b"sealed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,6 +28,9 @@ if _version_not_supported:
 class KvServiceStub:
     """Stores KV blocks between targets. A block is 16 tokens' K and V over all layers; its key is
     SHA-256(parent key, token ids), the root key SHA-256(weights, cache format, tenant salt). A cache: losing it loses speed only.
+
+    On one host, bytes go through shared memory: a caller connects to `socket`, an abstract Unix socket, gives a memfd of its
+    own that the store reads what is put from, and gets the store's arena to read from (services/runtime/shared_memory.py).
     """
 
     def __init__(self, channel):
@@ -71,6 +74,9 @@ class KvServiceStub:
 class KvServiceServicer:
     """Stores KV blocks between targets. A block is 16 tokens' K and V over all layers; its key is
     SHA-256(parent key, token ids), the root key SHA-256(weights, cache format, tenant salt). A cache: losing it loses speed only.
+
+    On one host, bytes go through shared memory: a caller connects to `socket`, an abstract Unix socket, gives a memfd of its
+    own that the store reads what is put from, and gets the store's arena to read from (services/runtime/shared_memory.py).
     """
 
     def Lookup(self, request, context):
@@ -81,14 +87,14 @@ class KvServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Reserve(self, request, context):
-        """Gives one writer a lease on a block that does not exist.
+        """Gives one writer a lease on each block that does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Put(self, request_iterator, context):
-        """Writes and seals reserved blocks. gRPC only: bulk never goes over the bus.
+        """Writes and seals reserved blocks, in parts. gRPC only: bulk never goes over the bus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,6 +165,9 @@ def add_KvServiceServicer_to_server(servicer, server):
 class KvService:
     """Stores KV blocks between targets. A block is 16 tokens' K and V over all layers; its key is
     SHA-256(parent key, token ids), the root key SHA-256(weights, cache format, tenant salt). A cache: losing it loses speed only.
+
+    On one host, bytes go through shared memory: a caller connects to `socket`, an abstract Unix socket, gives a memfd of its
+    own that the store reads what is put from, and gets the store's arena to read from (services/runtime/shared_memory.py).
     """
 
     @staticmethod

@@ -29,6 +29,9 @@ GRPC_VERSION: str
 class KvServiceStub:
     """Stores KV blocks between targets. A block is 16 tokens' K and V over all layers; its key is
     SHA-256(parent key, token ids), the root key SHA-256(weights, cache format, tenant salt). A cache: losing it loses speed only.
+
+    On one host, bytes go through shared memory: a caller connects to `socket`, an abstract Unix socket, gives a memfd of its
+    own that the store reads what is put from, and gets the store's arena to read from (services/runtime/shared_memory.py).
     """
 
     @_typing.overload
@@ -38,9 +41,9 @@ class KvServiceStub:
     Lookup: _grpc.UnaryUnaryMultiCallable[_kv_pb2.LookupRequest, _kv_pb2.LookupResponse]
     """Pins the longest sealed prefix of a chain of keys."""
     Reserve: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReserveRequest, _kv_pb2.ReserveResponse]
-    """Gives one writer a lease on a block that does not exist."""
+    """Gives one writer a lease on each block that does not exist."""
     Put: _grpc.StreamUnaryMultiCallable[_kv_pb2.PutRequest, _kv_pb2.PutResponse]
-    """Writes and seals reserved blocks. gRPC only: bulk never goes over the bus."""
+    """Writes and seals reserved blocks, in parts. gRPC only: bulk never goes over the bus."""
     Get: _grpc.UnaryStreamMultiCallable[_kv_pb2.GetRequest, _kv_pb2.GetResponse]
     """Reads pinned blocks. gRPC only."""
     Release: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]
@@ -52,15 +55,18 @@ class KvServiceStub:
 class KvServiceAsyncStub(KvServiceStub):
     """Stores KV blocks between targets. A block is 16 tokens' K and V over all layers; its key is
     SHA-256(parent key, token ids), the root key SHA-256(weights, cache format, tenant salt). A cache: losing it loses speed only.
+
+    On one host, bytes go through shared memory: a caller connects to `socket`, an abstract Unix socket, gives a memfd of its
+    own that the store reads what is put from, and gets the store's arena to read from (services/runtime/shared_memory.py).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Lookup: _aio.UnaryUnaryMultiCallable[_kv_pb2.LookupRequest, _kv_pb2.LookupResponse]  # type: ignore[assignment]
     """Pins the longest sealed prefix of a chain of keys."""
     Reserve: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReserveRequest, _kv_pb2.ReserveResponse]  # type: ignore[assignment]
-    """Gives one writer a lease on a block that does not exist."""
+    """Gives one writer a lease on each block that does not exist."""
     Put: _aio.StreamUnaryMultiCallable[_kv_pb2.PutRequest, _kv_pb2.PutResponse]  # type: ignore[assignment]
-    """Writes and seals reserved blocks. gRPC only: bulk never goes over the bus."""
+    """Writes and seals reserved blocks, in parts. gRPC only: bulk never goes over the bus."""
     Get: _aio.UnaryStreamMultiCallable[_kv_pb2.GetRequest, _kv_pb2.GetResponse]  # type: ignore[assignment]
     """Reads pinned blocks. gRPC only."""
     Release: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]  # type: ignore[assignment]
@@ -71,6 +77,9 @@ class KvServiceAsyncStub(KvServiceStub):
 class KvServiceServicer(metaclass=_abc_1.ABCMeta):
     """Stores KV blocks between targets. A block is 16 tokens' K and V over all layers; its key is
     SHA-256(parent key, token ids), the root key SHA-256(weights, cache format, tenant salt). A cache: losing it loses speed only.
+
+    On one host, bytes go through shared memory: a caller connects to `socket`, an abstract Unix socket, gives a memfd of its
+    own that the store reads what is put from, and gets the store's arena to read from (services/runtime/shared_memory.py).
     """
 
     @_abc_1.abstractmethod
@@ -87,7 +96,7 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_pb2.ReserveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.ReserveResponse, _abc.Awaitable[_kv_pb2.ReserveResponse]]:
-        """Gives one writer a lease on a block that does not exist."""
+        """Gives one writer a lease on each block that does not exist."""
 
     @_abc_1.abstractmethod
     def Put(
@@ -95,7 +104,7 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_kv_pb2.PutRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.PutResponse, _abc.Awaitable[_kv_pb2.PutResponse]]:
-        """Writes and seals reserved blocks. gRPC only: bulk never goes over the bus."""
+        """Writes and seals reserved blocks, in parts. gRPC only: bulk never goes over the bus."""
 
     @_abc_1.abstractmethod
     def Get(

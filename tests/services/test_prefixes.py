@@ -1,0 +1,211 @@
+"""A target's view of the store: what one stores another fetches, by shared memory or gRPC, and no failure raises."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+import pytest_asyncio
+from google.protobuf.message import Message
+from kv_client import SIZE, data_of
+
+from countersign.services.kv.service import KvService
+from countersign.services.kv.store import BlockStore
+from countersign.services.protocol.checksum import checksum
+from countersign.services.runtime.errors import Unavailable
+from countersign.services.runtime.rpc import Channel, RpcServer
+from countersign.services.runtime.shared_memory import MemoryServer
+from countersign.services.target.prefixes import Prefixes, PrefixKeys
+from countersign.v1.kv_pb2 import LookupResponse, Run
+
+KEYS = PrefixKeys(b"w" * 32, "test")
+CHAIN = KEYS("tenant", range(16 * 8))
+BLOCKS = [data_of(key) for key in CHAIN]
+LOG = logging.getLogger("test")
+
+
+@dataclass
+class GrpcBus:
+    """Carries calls to one service over its gRPC; ``broken`` lists methods that do not answer."""
+
+    channel: Channel
+    broken: set[str] = field(default_factory=set)
+    calls: list[str] = field(default_factory=list)
+    replies: dict[str, Message] = field(default_factory=dict)
+
+    async def call(self, service: str, method: str, request: Message, reply_type: Any, timeout: float) -> Any:  # noqa: ASYNC109
+        self.calls.append(method)
+        if method in self.broken:
+            raise Unavailable("nobody answers", reason="NO_RESPONDERS")
+        reply = await self.channel.unary(f"/countersign.v1.KvService/{method}", request, reply_type, timeout)
+        self.replies[method] = reply
+        return reply
+
+
+@dataclass
+class House:
+    store: BlockStore
+    memory: MemoryServer
+    bus: GrpcBus
+    clients: list[Prefixes] = field(default_factory=list)
+
+    def target(self, name: str = "t", *, share_memory: bool = True, size: int = SIZE) -> Prefixes:
+        made = Prefixes(
+            cast("Any", self.bus), name, lambda: 0.0, LOG, keys=KEYS, block_bytes=size, share_memory=share_memory
+        )
+        self.clients.append(made)
+        return made
+
+
+@pytest_asyncio.fixture
+async def house() -> AsyncIterator[House]:
+    store = BlockStore(16 * SIZE)
+    memory = MemoryServer("kv-test", store.arena.memory, store.draw)
+    memory.start()
+    server = RpcServer("127.0.0.1:0")
+    address = ""
+    kv = KvService(store, lambda: address, memory)
+    server.add(kv)
+    address = await server.start()
+    made = House(store, memory, GrpcBus(Channel(address)))
+    yield made
+    for client in made.clients:
+        await client.close()
+    await made.bus.channel.close()
+    await server.stop(0)
+    store.check_integrity()
+    await kv.close()
+
+
+def link(prefixes: Prefixes) -> Any:
+    (only,) = prefixes._links.values()
+    return only
+
+
+@pytest.mark.parametrize("share_memory", [True, False])
+async def test_what_one_target_stores_another_fetches(house: House, share_memory: bool) -> None:
+    writer, reader = house.target("a", share_memory=share_memory), house.target("b", share_memory=share_memory)
+    await writer.store("r1", CHAIN, BLOCKS[:5], 0)
+    assert await reader.fetch("r2", CHAIN, 0) == BLOCKS[:5]
+    assert await reader.fetch("r2", CHAIN, 3) == BLOCKS[3:5]
+    assert await reader.fetch("r2", CHAIN, 5) == []
+    assert (link(reader).shared, link(reader).sent) == ((7, 0) if share_memory else (0, 7))
+    assert house.store.cache.pins == 0, "each pin was given back"
+
+
+@pytest.mark.parametrize("share_memory", [True, False])
+async def test_blocks_may_be_put_layer_by_layer(house: House, share_memory: bool) -> None:
+    writer = house.target(share_memory=share_memory)
+    await writer.store("r1", CHAIN, BLOCKS[:1], 0)
+    async with writer.putting("r1", CHAIN, 1, 3) as put:
+        assert put.wanted == [0, 1, 2]
+        for layer in range(4):
+            part = slice(layer * SIZE // 4, (layer + 1) * SIZE // 4)
+            await put.part(layer, [block[part] for block in BLOCKS[1:4]])
+            assert house.store.counts.sealed == 1
+    assert put.sealed == 3
+    assert await house.target("b").fetch("r2", CHAIN, 0) == BLOCKS[:4]
+
+
+async def test_layers_come_in_order(house: House) -> None:
+    with pytest.raises(ValueError, match="layer 0 is next"):
+        async with house.target().putting("r1", CHAIN, 0, 1) as put:
+            await put.part(1, [BLOCKS[0]])
+    assert house.store.arena.taken == 0, "the lease was given back"
+
+
+async def test_a_block_whose_layers_did_not_all_come_is_not_sealed(house: House) -> None:
+    async with house.target().putting("r1", CHAIN, 0, 2) as put:
+        await put.part(0, [block[: SIZE // 2] for block in BLOCKS[:2]])
+    assert put.sealed == 0
+    assert house.store.arena.taken == 0
+    assert await house.target().fetch("r2", CHAIN, 0) == []
+
+
+async def test_only_blocks_that_nobody_has_are_taken(house: House) -> None:
+    writer = house.target()
+    await writer.store("r1", CHAIN, BLOCKS[:2], 0)
+    async with writer.putting("r2", CHAIN, 0, 4) as put:
+        assert put.wanted == [2, 3]
+        await put.part(0, BLOCKS[:4])
+    assert await writer.fetch("r3", CHAIN, 0) == BLOCKS[:4]
+
+
+async def test_a_writer_that_fails_in_the_middle_leaves_nothing(house: House) -> None:
+    async def fail() -> None:
+        async with house.target().putting("r1", CHAIN, 0, 2) as put:
+            await put.part(0, [block[:100] for block in BLOCKS[:2]])
+            raise RuntimeError("the model failed")
+
+    with pytest.raises(RuntimeError, match="the model failed"):
+        await fail()
+    assert house.store.arena.taken == 0
+
+
+async def test_a_block_that_was_damaged_in_memory_is_not_used(house: House) -> None:
+    reader = house.target()
+    await reader.store("r1", CHAIN, BLOCKS[:3], 0)
+    block = house.store.cache.get(CHAIN[1])
+    assert block is not None
+    (view,) = house.store.arena.views(block.slot)
+    view[7] ^= 1
+    assert await reader.fetch("r2", CHAIN, 0) == BLOCKS[:1]
+    view[7] ^= 1
+
+
+async def test_a_store_that_does_not_answer_costs_nothing_but_the_wait(house: House) -> None:
+    target = house.target()
+    for method in ("Lookup", "Reserve"):
+        house.bus.broken = {method}
+        assert await target.fetch("r", CHAIN, 0) == []
+        await target.store("r", CHAIN, BLOCKS[:1], 0)
+        target._backoff.answered()
+        target._backoff._until = 0.0
+    house.bus.broken = {"Lookup"}
+    await target.fetch("r", CHAIN, 0)
+    calls = len(house.bus.calls)
+    await target.fetch("r", CHAIN, 0)
+    assert len(house.bus.calls) == calls, "it is left alone for a while"
+
+
+async def test_a_store_that_ends_a_put_is_noticed_and_what_is_left_is_not_sent(house: House) -> None:
+    target = house.target(share_memory=False)
+    async with target.putting("r", CHAIN, 0, 2) as put:
+        await put.part(0, [block[:100] for block in BLOCKS[:2]])
+        house.store.cache.release(next(iter(house.store.cache._leases)))
+        house.store.settle()
+        for layer in range(1, 40):
+            await put.part(layer, [block[:100] for block in BLOCKS[:2]])
+    assert put.failure is not None
+    assert put.failure.reason == "LEASE_EXPIRED"
+    assert house.store.cache.room(0) == 0
+
+
+async def test_a_store_that_ended_the_session_is_connected_to_again(house: House) -> None:
+    target = house.target()
+    await target.store("r", CHAIN, BLOCKS[:1], 0)
+    first = (await link(target).memory()).session
+    house.memory._ends[first].cancel()
+    await target.store("r", CHAIN, BLOCKS[:2], 0)
+    assert (await link(target).memory()).session != first
+    assert await target.fetch("r", CHAIN, 0) == BLOCKS[:2]
+
+
+async def test_the_arena_cannot_be_written_by_who_reads_it(house: House) -> None:
+    target = house.target()
+    await target.store("r", CHAIN, BLOCKS[:1], 0)
+    memory = await link(target).memory()
+    with pytest.raises(TypeError):
+        memory.theirs.view[0] = 1
+    for place in cast("LookupResponse", (await look(house)).places):
+        run = place.runs[0]
+        assert isinstance(run, Run)
+        assert checksum([memory.theirs.view[run.offset : run.offset + run.length]]) == place.checksum
+
+
+async def look(house: House) -> Any:
+    await house.target("c").fetch("r", CHAIN, 0)
+    return house.bus.replies["Lookup"]
