@@ -19,7 +19,7 @@ from countersign.services.runtime.errors import Unavailable
 from countersign.services.runtime.rpc import Channel, RpcServer
 from countersign.services.runtime.shared_memory import MemoryServer
 from countersign.services.target.prefixes import Prefixes, PrefixKeys
-from countersign.v1.kv_pb2 import LookupResponse, Run
+from countersign.v1.kv_pb2 import LookupResponse
 
 KEYS = PrefixKeys(b"w" * 32, "test")
 CHAIN = KEYS("tenant", range(16 * 8))
@@ -200,12 +200,13 @@ async def test_the_arena_cannot_be_written_by_who_reads_it(house: House) -> None
     memory = await link(target).memory()
     with pytest.raises(TypeError):
         memory.theirs.view[0] = 1
-    for place in cast("LookupResponse", (await look(house)).places):
-        run = place.runs[0]
-        assert isinstance(run, Run)
+    for place in (await look(house)).places:
+        (run,) = place.runs
         assert checksum([memory.theirs.view[run.offset : run.offset + run.length]]) == place.checksum
 
 
-async def look(house: House) -> Any:
+async def look(house: House) -> LookupResponse:
     await house.target("c").fetch("r", CHAIN, 0)
-    return house.bus.replies["Lookup"]
+    reply = house.bus.replies["Lookup"]
+    assert isinstance(reply, LookupResponse)
+    return reply

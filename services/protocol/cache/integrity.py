@@ -58,5 +58,5 @@ def check_pins(pins: Mapping[int, Pin], kept: Sequence[Block]) -> None:
         CacheCorrupt: a pin without its block, or the other way round.
     """
     held = Counter(id(block) for pin in pins.values() for block in pin.blocks.values())
-    if held != Counter({id(block): block.pins for block in kept if block.pins}):
+    if any(held[id(block)] != block.pins for block in kept):
         raise CacheCorrupt("pins and blocks do not agree", pins=len(pins))
