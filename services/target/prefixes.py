@@ -32,12 +32,17 @@ MAX_KEYS = 512
 
 @dataclass(frozen=True, slots=True)
 class PrefixKeys:
-    """The chained keys of the full blocks of a sequence (DESIGN.md section 7) of one model and cache format."""
+    """The chained keys of the full blocks of a sequence (DESIGN.md section 7) of one model and cache format.
+
+    What belongs to no tenant has none: it is shared with nobody.
+    """
 
     weights: bytes
     cache_format: str
 
     def __call__(self, tenant: str, token_ids: Sequence[int]) -> list[bytes]:
+        if not tenant:
+            return []
         return chain_keys(root_key(self.weights, self.cache_format, tenant), token_ids)[:MAX_KEYS]
 
 

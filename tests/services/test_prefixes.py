@@ -14,6 +14,7 @@ from kv_client import SIZE, data_of
 
 from countersign.services.kv.service import KvService
 from countersign.services.kv.store import BlockStore
+from countersign.services.protocol.cache import Tier
 from countersign.services.protocol.checksum import checksum
 from countersign.services.runtime.errors import Unavailable
 from countersign.services.runtime.rpc import Channel, RpcServer
@@ -181,7 +182,7 @@ async def test_a_store_that_ends_a_put_is_noticed_and_what_is_left_is_not_sent(h
             await put.part(layer, [block[:100] for block in BLOCKS[:2]])
     assert put.failure is not None
     assert put.failure.reason == "LEASE_EXPIRED"
-    assert house.store.cache.room(0) == 0
+    assert house.store.cache.room(Tier.RAM) == 0
 
 
 async def test_a_store_that_ended_the_session_is_connected_to_again(house: House) -> None:

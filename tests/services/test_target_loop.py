@@ -151,6 +151,7 @@ class House:
         sampling = SamplingParams(max_tokens=max_tokens, top_p=1.0)
         opened = Opened(
             model="tiny",
+            tenant="default",
             prompt_token_ids=prompt,
             sampling=sampling,
             drafting=Drafting.DRAFTING_OFF,

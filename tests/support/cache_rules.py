@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from countersign.services.protocol import keys
-from countersign.services.protocol.cache import BlockCache, Outcome, Recency, Reserved, Stored, Tier
+from countersign.services.protocol.cache import Block, BlockCache, Outcome, Recency, Reserved, Stored, Tier
 from countersign.services.protocol.errors import NotLeased, NotPinned, NotSealable
 
 PROPERTIES = (
@@ -361,7 +361,8 @@ class CacheRules(RuleBasedStateMachine):
 
     def counts_as_pinned(self, block: Seen) -> bool:
         """As the store counts: while any pin is left of it, the longest that there was since it had none."""
-        return bool(self.cache.get(block.key).pinned(self.now)) if self.exact else block.pinned(self.now)
+        held: Block | None = self.cache.get(block.key) if self.exact else None
+        return held.pinned(self.now) if held is not None else block.pinned(self.now)
 
     def settle(self) -> set[bytes]:
         """Takes what the store dropped out of the model; the keys of the blocks that went."""
