@@ -22,10 +22,12 @@ from countersign.services.runtime.errors import (
 )
 from countersign.services.runtime.rpc import Channel, RpcServer
 from countersign.v1.kv_pb2 import (
+    GetPart,
     GetRequest,
     GetResponse,
     LookupRequest,
     LookupResponse,
+    PutPart,
     PutRequest,
     PutResponse,
 )
@@ -77,17 +79,17 @@ async def test_a_unary_call_returns_what_the_handler_answers_and_carries_its_dea
 async def test_a_server_stream_arrives_in_order(serve: Serve) -> None:
     async def get(request: GetRequest, call: Call) -> AsyncIterator[GetResponse]:
         for key in request.keys:
-            yield GetResponse(key=key, data=b"x" * 2_000_000)
+            yield GetResponse(parts=[GetPart(data=key + b"x" * 2_000_000)])
 
     async with serve(Get=get) as channel:
         replies = [reply async for reply in channel.stream(GET, GetRequest(keys=[b"1", b"2", b"3"]), GetResponse, 5)]
-    assert [reply.key for reply in replies] == [b"1", b"2", b"3"]
-    assert len(replies[0].data) == 2_000_000
+    assert [reply.parts[0].data[:1] for reply in replies] == [b"1", b"2", b"3"]
+    assert len(replies[0].parts[0].data) == 2_000_001
 
 
 async def requests(*keys: bytes) -> AsyncIterator[PutRequest]:
     for key in keys:
-        yield PutRequest(key=key, data=b"x" * 2_000_000)
+        yield PutRequest(parts=[PutPart(key=key, data=b"x" * 2_000_000)])
 
 
 async def test_a_client_stream_is_read_in_order(serve: Serve) -> None:
@@ -95,7 +97,7 @@ async def test_a_client_stream_is_read_in_order(serve: Serve) -> None:
 
     async def put(stream: AsyncIterator[PutRequest], call: Call) -> PutResponse:
         async for request in stream:
-            keys.append(request.key)  # noqa: PERF401  as it comes
+            keys.append(request.parts[0].key)  # noqa: PERF401  as it comes
         return PutResponse(sealed=len(keys))
 
     async with serve(Put=put) as channel:
@@ -105,7 +107,7 @@ async def test_a_client_stream_is_read_in_order(serve: Serve) -> None:
 
 async def test_a_handler_that_ends_a_client_stream_early_is_heard_all_the_same(serve: Serve) -> None:
     async def put(stream: AsyncIterator[PutRequest], call: Call) -> PutResponse:
-        if (await anext(stream)).key == b"refuse":
+        if (await anext(stream)).parts[0].key == b"refuse":
             raise ResourceExhausted("no room", reason="FULL")
         return PutResponse(sealed=1)
 
@@ -122,7 +124,7 @@ async def test_a_client_that_never_ends_its_stream_is_cut_off(serve: Serve) -> N
 
     async def endless() -> AsyncIterator[PutRequest]:
         while True:
-            yield PutRequest(data=b"x" * 100_000)
+            yield PutRequest(parts=[PutPart(data=b"x" * 100_000)])
 
     async with serve(Put=put) as channel:
         with pytest.raises((ResourceExhausted, Unavailable)) as caught:
@@ -162,7 +164,7 @@ async def test_a_typed_error_arrives_whole_from_every_shape_of_call(serve: Serve
         raise failure()
 
     async def stream(request: object, call: Call) -> AsyncIterator[GetResponse]:
-        yield GetResponse(key=b"1")
+        yield GetResponse(parts=[GetPart(data=b"1")])
         raise failure()
 
     async with serve(Lookup=unary, Get=stream, Put=unary) as channel:
@@ -177,7 +179,7 @@ async def _call(channel: Channel, shape: str) -> None:
         await lookup(channel)
     elif shape == "stream":
         async for reply in channel.stream(GET, GetRequest(), GetResponse, 5):
-            assert reply.key == b"1"
+            assert reply.parts[0].data == b"1"
     else:
         await channel.put_stream(PUT, requests(b"1"), PutResponse, 5)
 
@@ -249,14 +251,14 @@ async def test_a_closed_stream_runs_the_handlers_cleanup(serve: Serve) -> None:
     async def get(request: GetRequest, call: Call) -> AsyncIterator[GetResponse]:
         try:
             while True:
-                yield GetResponse(key=b"1")
+                yield GetResponse(parts=[GetPart(data=b"1")])
                 await asyncio.sleep(0.01)
         finally:
             cleaned.set()
 
     async with serve(Get=get) as channel, asyncio.timeout(10):
         async with aclosing(channel.stream(GET, GetRequest(), GetResponse, 60)) as replies:
-            assert (await anext(replies)).key == b"1"
+            assert (await anext(replies)).parts[0].data == b"1"
         await cleaned.wait()
 
 

@@ -388,7 +388,8 @@ class CacheRules(RuleBasedStateMachine):
 
     @staticmethod
     def is_of(block: Seen, drop: Any) -> bool:
-        return block.key == drop.key and drop.generation == (block.slot if drop.tier is Tier.RAM else block.generation)
+        number = block.slot if drop.tier is Tier.RAM else block.generation
+        return bool(drop.key == block.key and drop.generation == number)
 
     def forget(self, blocks: list[Seen]) -> None:
         """They have gone, with all below them."""
