@@ -10,6 +10,7 @@ from countersign.services.engine.drafting import Ask as Continuation
 from countersign.services.engine.drafting import propose
 from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
 from countersign.services.engine.model import Model, Span
+from countersign.services.engine.reuse import Reuse
 from countersign.services.engine.sampling import Sampling
 
 PREFILL_ROWS = 256
@@ -28,20 +29,31 @@ class Ask:
 
 @dataclass(slots=True)
 class Held:
-    """What the draft holds of a request: its tokens, and their KV but for the last ones."""
+    """What the draft holds of a request: its tokens, and their KV but for the last ones.
+
+    ``exact``: so many of the first have the KV that a prefill gives; None for all.
+    """
 
     sequence: CachedSequence
     tokens: list[int] = field(default_factory=list)
+    exact: int | None = None
 
 
 class Proposer:
     """The draft's sequences, least recently asked first, over one paged cache."""
 
-    def __init__(self, model: Model, cache: PagedCache, margin: float = 0.0) -> None:
+    def __init__(self, model: Model, cache: PagedCache, margin: float = 0.0, reuse: Reuse | None = None) -> None:
+        """``reuse``: where the KV of requests that have ended goes, to be taken for others; None for nowhere."""
         self._model = model
         self._cache = cache
         self._margin = margin
+        self._reuse = reuse
         self._held: OrderedDict[str, Held] = OrderedDict()
+
+    @property
+    def reused(self) -> int:
+        """Tokens so far whose KV was taken from requests that have ended."""
+        return 0 if self._reuse is None else self._reuse.reused
 
     @property
     def sequences(self) -> int:
@@ -51,8 +63,13 @@ class Proposer:
     def forget(self, request_id: str) -> None:
         """Drop a sequence; unknown ones are fine."""
         held = self._held.pop(request_id, None)
-        if held is not None:
+        if held is None:
+            return
+        if self._reuse is None:
             held.sequence.close()
+        else:
+            tokens = held.tokens[: held.sequence.length]
+            self._reuse.keep(held.sequence, tokens, len(tokens) if held.exact is None else held.exact)
 
     def propose(self, asks: Sequence[Ask]) -> list[tuple[int, ...] | int]:
         """One result an ask: the proposed tokens, or (an int) how many tokens are held when ``base`` is beyond them."""
@@ -90,6 +107,8 @@ class Proposer:
 
     def _prefill(self, held: Held) -> None:
         """Feed what is not in the cache yet, but for the last tokens."""
+        if self._reuse is not None and not held.sequence.length:
+            held.exact = self._reuse.fill(held.sequence, held.tokens[:-1])
         while len(held.tokens) - held.sequence.length > PREFILL_ROWS:
             start = held.sequence.length
             self._model.forward(self._cache, [Span(held.sequence, held.tokens[start : start + PREFILL_ROWS], 0)])
@@ -107,10 +126,12 @@ class Proposer:
             held = self._held[ask.request_id]
             need += len(held.tokens) - held.sequence.length + ask.count + PAGE_TOKENS
             while self._cache.free_tokens < need:
+                if self._reuse is not None and self._reuse.drop():
+                    continue
                 stale = next((name for name in self._held if name not in asked), None)
                 if stale is None:
                     return fitting
-                self.forget(stale)
+                self._held.pop(stale).sequence.close()
             fitting.append((i, ask))
         return fitting
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 from google.protobuf.descriptor import ServiceDescriptor
@@ -32,8 +33,9 @@ class DraftService:
 
     descriptor: ServiceDescriptor = draft_pb2.DESCRIPTOR.services_by_name["DraftService"]
 
-    def __init__(self, proposer: Proposer, vocabulary_size: int) -> None:
+    def __init__(self, proposer: Proposer, vocabulary_size: int, log: logging.Logger) -> None:
         self._proposer = proposer
+        self._log = log
         self._vocabulary_size = vocabulary_size
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
 
@@ -51,8 +53,10 @@ class DraftService:
         asks = [self._ask(sequence) for sequence in request.sequences]
         if len({ask.request_id for ask in asks}) != len(asks):
             raise InvalidArgument("Propose names a request twice", help="send each sequence once a batch")
-        loop = asyncio.get_running_loop()
+        loop, before = asyncio.get_running_loop(), self._proposer.reused
         results = await loop.run_in_executor(self._thread, self._proposer.propose, asks)
+        if self._proposer.reused > before:
+            self._log.info("KV of ended requests was taken tokens=%d", self._proposer.reused - before)
         response = ProposeResponse()
         for ask, result in zip(asks, results, strict=True):
             if isinstance(result, int):
@@ -93,6 +97,7 @@ async def create(context: Context) -> DraftService:
 
     from countersign.services.engine.kv import PagedCache
     from countersign.services.engine.model import load_model
+    from countersign.services.engine.reuse import Reuse
 
     config = context.config.draft
     torch.set_num_threads(config.threads)
@@ -102,5 +107,8 @@ async def create(context: Context) -> DraftService:
         translated(CheckpointError, FailedPrecondition, reason="BAD_CHECKPOINT", help=bad),
     ):
         model = load_model(config.model, dtype=config.dtype, threads=config.threads)
-    cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
-    return DraftService(Proposer(model, cache, config.margin), model.config.vocabulary_size)
+        cache = PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
+        reuse = None
+        if config.reuse != "off":
+            reuse = Reuse(model, cache, config.reuse_share if config.reuse == "blend" else 0.0)
+    return DraftService(Proposer(model, cache, config.margin, reuse), model.config.vocabulary_size, context.log)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,12 @@ class EagerExecutor:
             if not step.logits:
                 return torch.empty(0, self._config.vocabulary_size, device=self._device)
             return self._logits(hidden.index_select(0, step.logit_rows))[: step.logits]
+
+    @torch.inference_mode()
+    def run_layers(self, cache: PagedCache, spans: Sequence[Span], layers: int) -> None:
+        """Writes the K and V of the spans' tokens in the first ``layers`` layers, as :meth:`run` does."""
+        with self._current():
+            deque(islice(self._hidden_states(cache, self._ops.plan(cache, spans)), layers), maxlen=0)
 
     def close(self) -> None:
         """Nothing to end: the weights go with this object."""

@@ -174,6 +174,14 @@ class NativeExecutor:
             return self._step_by_layers(cache, spans, after_layer)
         return self._step(cache, spans, None)
 
+    def run_layers(self, cache: PagedCache, spans: Sequence[Span], layers: int) -> None:
+        """Writes the K and V of the spans' tokens in the first ``layers`` layers, as :meth:`run` does."""
+        prepared = self.prepare(cache, spans)
+        if self.library.program_run_ops(
+            self.bound(cache), ctypes.byref(prepared.struct), 0, self._layer_ends[layers - 1]
+        ):
+            raise MemoryError(f"no memory for a step of {prepared.struct.rows} rows")
+
     def close(self) -> None:
         """Nothing to end: the weights go with this object."""
 

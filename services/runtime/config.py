@@ -52,6 +52,8 @@ Dtype = Annotated[Literal["fp32", "bf16"], msgspec.Meta(description="fp32 or bf1
 DraftDtype = Annotated[Literal["fp32", "bf16", "int8"], msgspec.Meta(description="fp32, bf16 or int8")]
 Numerics = Annotated[Literal["invariant", "fast"], msgspec.Meta(description="invariant or fast")]
 Role = Annotated[Literal["mixed", "prefill", "decode"], msgspec.Meta(description="mixed, prefill or decode")]
+Reuse = Annotated[Literal["off", "pie", "blend"], msgspec.Meta(description="off, pie or blend")]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1, description="a number above 0, at most 1")]
 Number = Annotated[float, msgspec.Meta(ge=0, le=1e9, description="a number, 0 or more")]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**48, description="a number of bytes, 0 or more")]
 Eviction = Annotated[Literal["cost", "lru"], msgspec.Meta(description="cost or lru")]
@@ -121,6 +123,8 @@ class DraftConfig:
     lookup: LookupSize = 3  # so many last tokens that stood in the request before propose what followed then; 0: never
     lookup_tokens: DraftTokens = 10  # proposals of such a round
     cache_tokens: Count = 65_536
+    reuse: Reuse = "off"  # pie: KV of ended requests is moved to where their text stands now; blend: and mended
+    reuse_share: Share = 0.15  # of the moved tokens that blend computes again
 
 
 @dataclass(frozen=True, slots=True)

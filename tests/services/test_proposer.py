@@ -7,6 +7,7 @@ import pytest
 from countersign.services.draft.proposer import Ask, Proposer
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, Span, load_model
+from countersign.services.engine.reuse import Reuse
 from countersign.services.engine.sampling import Sampling, sample
 from countersign.verify.testing import write_tiny_model
 
@@ -74,6 +75,47 @@ def test_when_room_is_short_the_sequence_asked_for_longest_ago_goes(model: Model
         (result,) = draft.propose([Ask(name, 0, PROMPT, 4, GREEDY)])
         assert result == own_samples(model, PROMPT, 4, GREEDY)
     assert draft.propose([Ask("a", len(PROMPT), (1,), 1, GREEDY)]) == [0]
+
+
+EDITED = tuple(b"def g(y): return y\n\n")
+LONG = tuple(b"import os\nimport sys\n\ndef main(): return os.getcwd() + sys.path[0]\n")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_prompt_like_one_that_has_ended_is_proposed_for_from_its_kv(model: Model, share: float) -> None:
+    cache = PagedCache(model.config, "fp32", tokens=512)
+    draft = Proposer(model, cache, reuse=Reuse(model, cache, share))
+    draft.propose([Ask("a", 0, LONG, 4, DRAWN)])
+    assert draft.reused == 0
+    draft.forget("a")
+    (proposed,) = draft.propose([Ask("b", 0, EDITED + LONG, 4, DRAWN)])
+    assert draft.reused >= len(LONG) - 1
+    assert isinstance(proposed, tuple)
+    assert len(proposed) == 4
+    if share == 1:
+        assert proposed == own_samples(model, EDITED + LONG, 4, DRAWN)
+    draft.forget("b")
+    cache.check_integrity()
+
+
+def test_what_is_kept_for_others_is_given_up_first_when_room_is_short(model: Model) -> None:
+    cache = PagedCache(model.config, "fp32", tokens=192)
+    draft = Proposer(model, cache, reuse=Reuse(model, cache))
+    draft.propose([Ask("live", 0, PROMPT, 2, GREEDY)])
+    for name in ("a", "b", "c"):
+        draft.propose([Ask(name, 0, LONG, 2, GREEDY)])
+        draft.forget(name)
+    assert draft.propose([Ask("live", len(PROMPT), (1,), 1, GREEDY)]) != [0]
+    draft.forget("live")
+    cache.check_integrity()
+
+
+def test_nothing_is_kept_unless_it_is_asked_for(model: Model) -> None:
+    cache = PagedCache(model.config, "fp32", tokens=512)
+    draft = Proposer(model, cache)
+    draft.propose([Ask("a", 0, LONG, 4, DRAWN)])
+    draft.forget("a")
+    assert (cache.free_tokens, draft.reused) == (512, 0)
 
 
 def test_a_batch_that_cannot_fit_gets_fewer_proposals_and_no_error(model: Model) -> None:
