@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from countersign.services.engine.engine import Generation
-from countersign.services.runtime.errors import CountersignError, Unavailable
+from countersign.services.engine.kv import PAGE_TOKENS
+from countersign.services.runtime.errors import CountersignError, Internal, Unavailable
 
 # Chunks whose blocks may be on their way to the store while the next is computed.
 MAX_CHUNKS = 2
+
+
+class Put(Protocol):
+    """Blocks on their way to the store; leaving it seals those that are whole."""
+
+    async def part(self, layer: int, slices: Sequence[bytes]) -> None:
+        """The next layer of each."""
 
 
 class Store(Protocol):
@@ -21,8 +30,10 @@ class Store(Protocol):
     def resting(self) -> bool:
         """It did not answer, and is left alone for a while."""
 
-    async def store(self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int) -> None:
-        """Put these blocks of a chain; whatever goes wrong costs speed only."""
+    def putting(
+        self, request_id: str, keys: Sequence[bytes], first: int, count: int
+    ) -> AbstractAsyncContextManager[Put]:
+        """Put so many blocks of a chain, layer by layer; whatever goes wrong costs speed only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +120,24 @@ class PrefillJob:
 
     async def _put_all(self, store: Store, wake: Callable[[], None]) -> None:
         while self.offered + self.found < len(self.generation.keys):
-            parts = [await self._parts.get() for _ in range(self._layers)]
-            first, count = parts[0].first, len(parts[0].slices)
-            wake()
-            blocks = [b"".join(part.slices[index] for part in parts) for index in range(count)]
-            if count:
-                await store.store(self.generation.id, self.generation.keys, blocks, first)
+            part = await self._parts.get()
+            first, count = part.first, len(part.slices)
+            async with store.putting(self.generation.id, self.generation.keys, first, count) as put:
+                await put.part(0, part.slices)
+                for layer in range(1, self._layers):
+                    part = await self._parts.get()
+                    if (part.layer, part.first) != (layer, first):
+                        raise self._broken(first)
+                    wake()
+                    await put.part(layer, part.slices)
             if store.resting:
                 raise no_store()
             self.offered += count
+
+    def _broken(self, first: int) -> Internal:
+        """A pass withholds the last layer of blocks whose numbers are not finite."""
+        message = f"the numbers of the prompt's tokens {PAGE_TOKENS * first} and on are not finite"
+        return Internal(message, reason="NOT_COMPUTED")
 
 
 def no_store() -> Unavailable:
