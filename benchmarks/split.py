@@ -41,7 +41,9 @@ async def run(quick: bool) -> list[Row]:
             busy = await _beside(routers, 1 if quick else 8)
     rows = [*_alone_rows(alone), *busy]
     cost = await asyncio.to_thread(lambda: FLEET.Cost(*PASSES.fitted(quick)))
-    return [*rows, *await asyncio.to_thread(_fleets, replace(cost, **_handover(alone)), quick)]
+    cost = replace(cost, **_handover(alone))
+    rows += _simulated(cost, alone)
+    return [*rows, *await asyncio.to_thread(_fleets, cost, quick)]
 
 
 # The real stack
@@ -124,6 +126,24 @@ def _handover(found: Measured) -> dict[str, float]:
     )
     token = max(0.0, (long - short) / (LENGTHS[1] - LENGTHS[0]))
     return {"handover": max(0.0, short - token * LENGTHS[0]), "token": token}
+
+
+def _simulated(cost: Any, found: Measured) -> list[Row]:
+    """How far the simulated machines are from the real ones, where nobody else is served. They know of passes and the
+    handover only, and nothing of what router, log and client take.
+    """
+    rows = []
+    for (name, length), times in found.items():
+        request = FLEET.Request(0.0, length, 8)
+        FLEET.Fleet(cost, 2, name, prefill=1, budget=256).serve([request])
+        for what, simulated, measured in (
+            ("first token", request.ttft, statistics.median(times.first)),
+            ("second token", request.gap, statistics.median(times.second)),
+        ):
+            metric, ratio = f"{what} as simulated, {name}", simulated / measured
+            case = f"a prompt of {length} tokens, alone"
+            rows.append(Row("split", case, metric, simulated * 1e3, "ms", 1, peer="measured", ratio=ratio))
+    return rows
 
 
 async def _beside(routers: dict[str, str], turns: int) -> list[Row]:
