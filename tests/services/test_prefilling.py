@@ -19,7 +19,7 @@ from countersign.services.target.prefixes import PrefixKeys
 from countersign.verify.testing import write_tiny_model
 
 PROMPT = [(5 * place) % 200 + 1 for place in range(121)]
-KEYS = PrefixKeys(bytes(32), "test")("", PROMPT[:-1])
+KEYS = PrefixKeys(bytes(32), "test")("default", PROMPT[:-1])
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,11 @@ async def target(model: Model, store: Store, *, capacity: int = 4096) -> AsyncIt
 
 
 def job(model: Model, prompt: Sequence[int] = PROMPT, deadline: int | None = None) -> PrefillJob:
-    keys = PrefixKeys(bytes(32), "test")("", prompt[:-1])
+    keys = PrefixKeys(bytes(32), "test")("default", prompt[:-1])
     tokens = list(prompt[: len(keys) * PAGE_TOKENS])
-    return PrefillJob(Generation("r.prefill", tokens, 1, keys=keys, deadline=deadline), model.config.layers)
+    return PrefillJob(
+        Generation("r.prefill", tokens, 1, tenant="default", keys=keys, deadline=deadline), model.config.layers
+    )
 
 
 @pytest.fixture(scope="module")
