@@ -14,6 +14,7 @@ import heapq
 import itertools
 import math
 import random
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -143,16 +144,35 @@ class Machine:
 
     def run(self) -> Process:
         while True:
-            if not (self.prompts or self.running):
+            if self.prompts:
+                chunks, tokens, keys = self._plan()
+                seconds = self.cost.seconds(self.running, tokens, self.keys + keys)
+                yield self.env.timeout(seconds)
+                self._advance(seconds, 1)
+                for request, count in chunks:
+                    self._computed(request, count)
+            elif self.running:
+                yield from self._decode()
+            else:
                 self._wake = self.env.event()
                 yield self._wake
                 self._wake = None
-            chunks, tokens, keys = self._plan()
-            seconds = self.cost.seconds(self.running, tokens, self.keys + keys)
-            yield self.env.timeout(seconds)
-            self._advance(seconds)
-            for request, count in chunks:
-                self._computed(request, count)
+
+    def _decode(self) -> Process:
+        """Passes without prompts, up to the next that ends an answer, or with which a prompt comes."""
+        passes, began = self.ends[0][0] - self.passes, self.env.now
+        self._wake = self.env.event()
+        yield self.env.timeout(self._seconds(passes)) | self._wake
+        spent, self._wake = self.env.now - began, None
+        if self.prompts:
+            passes = bisect_left(range(passes), spent, lo=1, key=self._seconds)
+            yield self.env.timeout(max(0.0, self._seconds(passes) - spent))
+        self._advance(self._seconds(passes), passes)
+
+    def _seconds(self, passes: int) -> float:
+        """So many decodes of all that run, each over one key more than the last."""
+        one = self.cost.seconds(self.running, 0, self.keys)
+        return passes * one + self.cost.key * self.running * passes * (passes - 1) / 2
 
     def _plan(self) -> tuple[list[tuple[Request, int]], int, float]:
         """Prompt chunks of the next pass: (request, tokens), tokens in all, keys that they see in all."""
@@ -166,12 +186,12 @@ class Machine:
             left -= count
         return chunks, sum(count for _, count in chunks), keys
 
-    def _advance(self, seconds: float) -> None:
-        """Every decode has one token more."""
-        self.passes += 1
+    def _advance(self, seconds: float, passes: int) -> None:
+        """Every decode has so many tokens more."""
+        self.passes += passes
         if self.running:
-            self.gaps.append((seconds, self.running))
-            self.keys += self.running
+            self.gaps.append((seconds / passes, self.running * passes))
+            self.keys += self.running * passes
         while self.ends and self.ends[0][0] <= self.passes:
             _, _, request = heapq.heappop(self.ends)
             request.last, request.ended = self.env.now, True
@@ -294,7 +314,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A fleet of a policy under a load; as many requests a machine as are enough to tell."""
+    """A fleet of a policy under a load; as many requests a machine as are enough to tell. ``gap_slack``: how many times
+    an unloaded machine's gap between tokens a request's mean gap may be.
+    """
 
     cost: Cost
     load: Load
@@ -302,6 +324,7 @@ class Trial:
     policy: Policy
     prefill: int = 0
     each: int = 60
+    gap_slack: float = GAP_SLACK
 
     def at(self, rate: float, seed: int = 1) -> Result:
         """``rate`` in requests a second and machine."""
@@ -318,7 +341,7 @@ class Trial:
         """The highest rate, in requests a second and machine, at which ATTAINMENT of them keep both limits."""
         prompt = self.cost.prompt(self.load.mean(self.load.prompt), 512)
         step = self.cost.seconds(1, 0, self.load.mean(self.load.prompt))
-        limits = TTFT_SLACK * prompt, GAP_SLACK * step
+        limits = TTFT_SLACK * prompt, self.gap_slack * step
         low, high = 0.0, 1.5 / (prompt + self.cost.decode * self.load.mean(self.load.output))
         for _ in range(steps):
             middle = (low + high) / 2

@@ -29,6 +29,7 @@ SETTINGS = {
     UNSPLIT: ("target.processes=2",),
 }
 LENGTHS = (600, 1900)
+GOODPUT = "goodput of pools"
 FLEET: Any = load("fleet")
 PASSES: Any = load("passes")
 
@@ -100,7 +101,7 @@ async def _arrivals(client: Client, prompt: list[int]) -> tuple[list[float], int
 
 def prompt_of(number: int, length: int) -> list[int]:
     """No two begin alike."""
-    return [3 + number, *(3 + (number + place * place) % 4000 for place in range(length - 1))]
+    return [3 + number, 3 + length, *(3 + (number + place * place) % 4000 for place in range(length - 2))]
 
 
 def _alone_rows(found: Measured) -> list[Row]:
@@ -185,10 +186,12 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 # The fleets
 
-# Answers' lengths, and how much more a pass costs before its first token than here: on a CPU little comes with a pass
-# itself, on a GPU reading the weights does, for which the first hundreds of tokens are free.
-OUTPUTS = (1, 8, 64, 512)
+# How much more a pass costs before its first token than here: on a CPU little comes with a pass itself, on a GPU
+# reading the weights does, for which the first hundreds of tokens are free.
 BASES = (1.0, 30.0)
+OUTPUTS = (1, 8, 64, 512)
+# What an answer's mean gap between tokens may be, in gaps of a machine without load: strict, to as good as anything.
+SLACKS = (1.5, 3.0, 6.0, 12.0, 50.0, 1000.0)
 
 
 def _fleets(cost: Any, quick: bool) -> list[Row]:
@@ -196,7 +199,13 @@ def _fleets(cost: Any, quick: bool) -> list[Row]:
     rows = [replace(row, bench="split") for row in FLEET.goodputs(cost, size)]
     rows += _sizes(cost, size, (2, 16) if quick else (2, 4, 16, 64, 256, 1000))
     for slow in BASES:
-        rows += _crossing(replace(cost, base=cost.base * slow), slow, size)
+        slower = replace(cost, base=cost.base * slow)
+        name = f"passes cost {slow:g}x to begin"
+        plain = FLEET.Trial(slower, FLEET.CONVERSATION, size.machines, "unsplit", each=size.each)
+        answers = [(each, replace(plain, load=FLEET.Load("", 1500, each))) for each in OUTPUTS]
+        gaps = [(each, replace(plain, gap_slack=each)) for each in SLACKS]
+        rows += _curve(f"{name}; prompts of 1500 tokens, gaps up to {plain.gap_slack:g}x", "answers of", answers, size)
+        rows += _curve(f"{name}; conversation", "gaps up to", gaps, size)
     return rows
 
 
@@ -207,7 +216,8 @@ def _sizes(cost: Any, size: Any, fleets: Sequence[int]) -> list[Row]:
         best = [FLEET.Trial(cost, mix, size.machines, each, each=size.each).best(size.steps) for each in FLEET.POLICIES]
         rate = 0.8 * best[0][1]
         for machines, (trial, _) in itertools.product(fleets, best):
-            result = trial.scaled(machines).at(rate)
+            # Of a thousand machines ten requests each tell enough.
+            result = replace(trial.scaled(machines), each=max(10, min(trial.each, 4000 // machines))).at(rate)
             case, n = f"{mix.name}, {machines} machines, {trial.policy}", len(result.requests)
             rows.append(Row("split", case, "throughput", result.tokens_per_second, "tokens/s", n))
             for share in (0.5, 0.99):
@@ -216,22 +226,19 @@ def _sizes(cost: Any, size: Any, fleets: Sequence[int]) -> list[Row]:
     return rows
 
 
-def _crossing(cost: Any, slow: float, size: Any) -> list[Row]:
-    """Goodput of split machines beside unsplit ones over the length of answers, and where it passes 1."""
-    case = "prompts of 1500 tokens, " + ("passes as here" if slow == 1 else f"passes that cost {slow:g}x to begin")
-    rows, ratios = [], []
-    for output in OUTPUTS:
-        mix = FLEET.Load(f"answers of {output}", 1500, output)
-        plain = FLEET.Trial(cost, mix, size.machines, "unsplit", each=size.each).goodput(size.steps)
-        _, split = FLEET.Trial(cost, mix, size.machines, "pools", each=size.each).best(size.steps)
-        ratios.append(split / plain if plain else float("inf"))
-        metric, n = f"goodput, answers of {output}", size.machines * size.each
+def _curve(case: str, axis: str, trials: Sequence[tuple[float, Any]], size: Any) -> list[Row]:
+    """Goodput of pools beside unsplit machines along an axis, and where they break even."""
+    rows, ratios, n = [], [], size.machines * size.each
+    for x, trial in trials:
+        plain, (_, split) = trial.goodput(size.steps), replace(trial, policy="pools").best(size.steps)
+        ratios.append(split / plain if plain else 100.0)
+        metric = f"{GOODPUT}, {axis} {x:g}"
         rows.append(Row("split", case, metric, split, "requests/s/machine", n, peer=UNSPLIT, ratio=ratios[-1]))
-    at = break_even(OUTPUTS, ratios)
-    rows += [Row("split", case, "breaks even at answers of", each, "tokens", len(OUTPUTS)) for each in at]
+    at = break_even([x for x, _ in trials], ratios)
+    rows += [Row("split", case, f"breaks even at {axis}", each, axis, len(trials)) for each in at]
     if not at:
         verdict = "pays" if ratios[0] > 1 else "does not pay"
-        rows.append(Row("split", case, f"{verdict} at every length; the best ratio", max(ratios), "x", len(OUTPUTS)))
+        rows.append(Row("split", case, f"{verdict} at all {axis}; the best ratio", max(ratios), "x", len(trials)))
     return rows
 
 
@@ -269,16 +276,15 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         drawn.append(folder / f"split-{mix}.svg")
         figure.savefig(drawn[-1], metadata={"Date": None})
         plt.close(figure)
-    figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    lines = [row for row in rows if row.metric.startswith("goodput, answers")]
-    for case in dict.fromkeys(row.case for row in lines):
-        curve = [(int(row.metric.split()[-1]), row.ratio) for row in lines if row.case == case and row.ratio]
-        axes.plot(
-            *zip(*curve, strict=True), marker="o", markersize=3, label=case.removeprefix("prompts of 1500 tokens, ")
-        )
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="tokens of an answer", ylabel="goodput, split / unsplit")
-    axes.legend(frameon=False)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    lines = [row for row in rows if row.metric.startswith(GOODPUT) and row.ratio is not None]
+    for axes, axis in zip(panels, ("answers of", "gaps up to"), strict=True):
+        for case in dict.fromkeys(row.case for row in lines if axis in row.metric):
+            points = [(float(row.metric.split()[-1]), row.ratio or 0.0) for row in lines if row.case == case]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=case)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="goodput, pools / unsplit")
+        axes.legend(frameon=False, fontsize=7)
     drawn.append(folder / "split-crossing.svg")
     figure.savefig(drawn[-1], metadata={"Date": None})
     plt.close(figure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,3 +110,14 @@ def test_a_curve_breaks_even_where_it_passes_one() -> None:
     assert SPLIT.break_even([1, 4, 16], [0.5, 1.5, 2]) == pytest.approx([2.0])
     assert SPLIT.break_even([1, 4, 16], [0.5, 0.6, 0.7]) == []
     assert SPLIT.break_even([1, 100], [2, 0.5]) == pytest.approx([100 ** (2 / 3)])
+
+
+def test_the_quick_fleets_give_every_figure_and_the_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = SPLIT._fleets(COST, quick=True)
+    assert all(row.bench == "split" and row.value >= 0 for row in rows)
+    curves = {row.case for row in rows if row.metric.startswith(SPLIT.GOODPUT)}
+    assert len(curves) == 4
+    told = {row.case for row in rows if row.metric.startswith("breaks even") or " at all " in row.metric}
+    assert told == curves, "a curve without a word on where splitting pays"
+    assert all(file.stat().st_size > 1000 for file in SPLIT.plot(rows, tmp_path))
