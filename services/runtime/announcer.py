@@ -59,8 +59,8 @@ class Announcer:
         return Party(request_id, f"{self._instance}.{next(self._parties)}")
 
     async def announce(self, *events: ProtocolEvent) -> None:
-        """Say it, in this order; never fails."""
-        if self._bus is None:
+        """Say it, and first what still waits, in this order; never fails."""
+        if self._bus is None or not (events or self._waiting):
             return
         self._waiting += events
         try:

@@ -161,8 +161,9 @@ class Committer:
     async def _settle(self, session: Session, effect: Append | ReadTail | None) -> Final:
         writer, first = session.writer, [effect]
 
-        def go_on() -> Awaitable[Final]:
-            return settle(writer, first.pop() if first else ReadTail(writer.log.sequence), self._journal)
+        async def go_on() -> Final:
+            await self._announcer.announce()  # what an outage has kept back, for this record rests on it
+            return await settle(writer, first.pop() if first else ReadTail(writer.log.sequence), self._journal)
 
         return await self._patiently(go_on)
 

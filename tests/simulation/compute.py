@@ -72,12 +72,14 @@ class _Runner:
 
     salt: str
     verdict: Verdict
-    model: Any = field(default_factory=lambda: SimpleNamespace(config=SimpleNamespace(context_length=CONTEXT)))
+    model: Any = field(
+        default_factory=lambda: SimpleNamespace(config=SimpleNamespace(context_length=CONTEXT, layers=1))
+    )
 
     def __post_init__(self) -> None:
         self.model.executor = SimpleNamespace(close=lambda: None)
 
-    def run(self, works: Sequence[Work]) -> list[Outcome]:
+    def run(self, works: Sequence[Work], tell: object) -> list[Outcome]:
         return [self._run(work) for work in works]
 
     def _run(self, work: Work) -> Outcome:

@@ -34,7 +34,9 @@ SAFETY = (
     "OneReceipt",
     "BilledIsCommitted",
 )
-ALL = frozenset((*SAFETY, "Liveness", "NoBug"))
+WATCHED = frozenset(f"Watched{name}" for name in (*SAFETY, "AppendOnly", "Lawful"))
+"""What the sidecar's monitor finds, which rests on what is announced as well."""
+ALL = frozenset((*SAFETY, "Liveness", "NoBug", *WATCHED))
 
 
 class Violated(AssertionError):

@@ -93,9 +93,15 @@ class Network:
     """One server, a link to each node, and one random stream for all that happens on the way."""
 
     def __init__(
-        self, loop: SimLoop, rng: random.Random, noise: Noise, note: Callable[[str], None], stored: Callable[..., None]
+        self,
+        loop: SimLoop,
+        rng: random.Random,
+        noise: Noise,
+        note: Callable[[str], None],
+        stored: Callable[..., None],
+        heard: Callable[[bytes], None],
     ) -> None:
-        self.loop, self.rng, self.noise, self.note = loop, rng, noise, note
+        self.loop, self.rng, self.noise, self.note, self.heard = loop, rng, noise, note, heard
         self.counts: Counter[str] = Counter()
         self.nodes: list[Node] = []
         self.all_nodes: list[Node] = []
@@ -235,7 +241,11 @@ class SimBus:
         return cast(list[Msg], replies)
 
     async def publish(self, subject: str, data: bytes, headers: object) -> None:
-        """For those who watch; nobody does."""
+        """For those who watch. In order and whole: that a connection loses some is for `services/sidecar`'s tests."""
+        if not self.connected:
+            raise Unavailable("no connection", reason="DISCONNECTED")
+        if not (self._network.closed or self._node.dead):
+            self._network.heard(data)
 
     async def flush(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
         await self._ask(lambda answer: answer(None), timeout)

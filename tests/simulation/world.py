@@ -19,10 +19,12 @@ from typing import Any, cast
 
 from tests.simulation.clients import Ask, SimClient
 from tests.simulation.compute import CONTEXT, END, VOCABULARY, Drafts, Silent, engine
+from tests.simulation.jetstream import Stored
 from tests.simulation.monitor import ALL, Monitor, Violated
 from tests.simulation.network import BEAT_S, Network, Node, Noise
 from tests.simulation.sealed import EPOCH_MS, sealed, wall_ms
 from tests.simulation.virtual_time import Deadlock, Endless, SimLoop
+from tests.simulation.watching import Watcher
 
 from countersign.services.router.service import RouterService
 from countersign.services.runtime.announcer import Announcer
@@ -154,7 +156,8 @@ class World:
         self._hash = sha256()
         self._over: asyncio.Future[None] = self.loop.create_future()
         self.monitor = Monitor(self.fail, self.note, lambda: EPOCH_MS + int(self.loop.now * 1000) + 250)
-        self.network = Network(self.loop, rng["network"], plan.noise, self.note, self.monitor.stored)
+        self.watcher = Watcher(self.fail)
+        self.network = Network(self.loop, rng["network"], plan.noise, self.note, self._stored, heard=self.watcher.heard)
         self._clients = [
             SimClient(self.network, rng["clients"], self.monitor, number, ask) for number, ask in enumerate(plan.asks)
         ]
@@ -170,6 +173,10 @@ class World:
         if name in self._properties and not self._over.done():
             story = "\n  ".join(self._story)
             self._over.set_exception(Violated(f"{name}: {what}\nplan: {self.plan}\nstory:\n  {story}"))
+
+    def _stored(self, message: Stored, who: str) -> None:
+        self.monitor.stored(message, who)
+        self.watcher.stored(message)
 
     def run(self) -> Run:
         """Raises:
@@ -275,12 +282,17 @@ class World:
         log = Silent(self.note)
         keys = PrefixKeys(_DIGEST, "simulation")
         work = engine(self.plan.pages, node.instance, self.monitor.verdict)
-        loop = TargetLoop(work, cast(Any, Drafts(node.instance)), None, keys, wall_ms=wall_ms, log=log)
+        # A twin has the name of another, but is not the party that the other is.
+        announcer = Announcer(cast(Any, node.bus), f"{node.instance}.{self._born}")
+        drafts = cast(Any, Drafts(node.instance))
+        loop = TargetLoop(work, drafts, None, keys, wall_ms=wall_ms, log=log, announcer=announcer)
         journal = self._journal(node)
-        committer = Committer(journal, _MAKER, wall_ms, loop.wake, log)
+        committer = Committer(journal, _MAKER, wall_ms, loop.wake, log, announcer)
         config = cast(Any, SimpleNamespace(end_token_ids=frozenset({END})))
-        nobody, no_text = Announcer(None, node.instance), cast(Any, None)
-        service = TargetService(node.instance, _INFO, config, no_text, keys, journal, loop, committer, nobody, most=16)
+        no_text = cast(Any, None)
+        service = TargetService(
+            node.instance, _INFO, config, no_text, keys, journal, loop, committer, announcer, most=16
+        )
         node.service_object = service
         node.handlers = {"Start": cast(Any, service.Start), "Refresh": cast(Any, service.Refresh)}
         node.requests = {"Start": StartRequest, "Refresh": RefreshRequest}

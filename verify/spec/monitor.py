@@ -42,11 +42,11 @@ class Fault:
 
 @dataclass(slots=True)
 class _Session:
-    """A party that samples: the passes that are not in the log yet, and where the next begins."""
+    """A party that samples: the passes that are not in the log yet, each with its base, and where the next begins."""
 
     epoch: int
     end: int
-    pending: deque[tuple[int, ...]] = field(default_factory=deque)
+    pending: deque[tuple[int, tuple[int, ...]]] = field(default_factory=deque)
     receipts: set[bool] = field(default_factory=set)  # cancelled or not
 
 
@@ -173,13 +173,16 @@ class Monitor:
         elif 0 < self._closed_at <= event.known or 0 < self._cancelled_at <= event.known:
             yield Fault("ClosedIsFinal", f"{event.party} sampled though it knew that the request had ended")
         session.end = sampled.base + len(sampled.token_ids)
-        session.pending.append(tuple(sampled.token_ids))
+        session.pending.append((sampled.base, tuple(sampled.token_ids)))
 
     def _made(self, event: ProtocolEvent, made: ReceiptMade) -> Iterator[Fault]:
         self._receipts[made.receipt_sha256] = made
         if made.tokens != self._tokens(event.known):
             yield Fault("OneReceipt", f"{event.party} made a receipt over {made.tokens} tokens, not over the log")
         session = self._sessions[event.party]
+        left = [base for base, _ in session.pending if base >= self._tokens(event.known)]
+        if left and not made.cancelled:
+            yield Fault("ClosedIsFinal", f"{event.party} made a receipt without what it sampled from {left[0]} on")
         if made.cancelled in session.receipts:
             yield Fault("OneReceipt", f"{event.party} made a receipt twice")
         session.receipts.add(made.cancelled)
@@ -198,17 +201,25 @@ class Monitor:
     def _explained(self, one: _Unexplained) -> bool:
         """Whether by now an event goes with the record."""
         if one.extended is not None:
-            wanted = tuple(one.extended.token_ids)
-            for session in self._sessions.values():
-                if session.epoch == one.extended.epoch and session.pending and session.pending[0] == wanted:
-                    session.pending.popleft()
-                    return True
-            return False
+            return self._sampled_by_some(one.extended)
         if one.closed is None:
             return True
         made = self._receipts.get(one.closed.receipt_sha256)
         cancelled = one.closed.reason == FINISH_REASON_CANCELLED
         return made is not None and made.tokens == len(self.log.tokens) and made.cancelled == cancelled
+
+    def _sampled_by_some(self, extended: Extended) -> bool:
+        """Two processes that both take an epoch for theirs sample the same: whose record it is cannot be told."""
+        wanted = extended.base, tuple(extended.token_ids)
+        for session in self._sessions.values():
+            if session.epoch != extended.epoch:
+                continue
+            while session.pending and session.pending[0][0] < extended.base:
+                session.pending.popleft()
+            if session.pending and session.pending[0] == wanted:
+                session.pending.popleft()
+                return True
+        return False
 
     def _tokens(self, known: int) -> int:
         """How many tokens the log held up to that sequence."""
