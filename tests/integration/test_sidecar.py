@@ -19,7 +19,7 @@ from countersign.services.runtime.config import load
 from countersign.services.runtime.errors import DataLoss, NotFound
 from countersign.services.runtime.supervisor import SERVICES, Supervisor, service_command
 from countersign.v1.sidecar_pb2 import GetRunRequest, GetRunResponse, StatusRequest, StatusResponse, Violation
-from countersign.verify.spec.run import read_run
+from countersign.verify.spec.run import Run, read_run
 from countersign.verify.spec.trace import replay
 
 PLANTED = Path(__file__).resolve().parents[1] / "support" / "planted.py"
@@ -99,7 +99,9 @@ async def test_a_bug_that_was_planted_is_reported_with_evidence_that_the_specifi
         given = await bus.call("sidecar", "GetRun", GetRunRequest(request_id="planted"), GetRunResponse, timeout=5)
         assert (await violations(running, bus)).violation_count == 1
         await bus.close()
-    assert read_run(Path(report.evidence)).request_id == "planted"
+    found = read_run(Path(report.evidence))
+    assert isinstance(found, Run)
+    assert found.request_id == "planted"
     whole = tmp_path / "whole.jsonl"
     whole.write_text(given.run)
     verdict = replay(read_run(whole))

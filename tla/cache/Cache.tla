@@ -87,25 +87,27 @@ Freed(S, places) ==
 Taken(S, c, k, gen, size) ==
   [S EXCEPT !.mem[c] = [key |-> k, gen |-> gen, size |-> size, parts |-> Nowhere], !.ram = @ + size]
 
-Erased(S, ks) ==
-  [S EXCEPT !.disk = [k \in Key |-> IF k \in ks THEN NoCopy ELSE S.disk[k]],
-            !.room = @ - Sum([k \in ks |-> S.disk[k].size], ks)]
-
 \* A copy from one tier to the other is under way, for the block as it is now.
 Current(S, m) == Sealed(S, m.key) /\ S.index[m.key].gen = m.gen
 Under(S, kind, ks) == {m \in S.moves : m.kind = kind /\ m.key \in ks /\ Current(S, m)}
 Moving(S, kind, k) == Under(S, kind, {k}) # {}
 
-\* These leave the index, and their bytes go, but for those in RAM that are pinned. Copies under way lose their room.
+\* What a block takes in each tier, copies under way included.
+PlacesOf(S, k) == ({S.index[k].ram} \cup {m.slot : m \in Under(S, "promote", {k})}) \ {0}
+RoomOf(S, k) == S.disk[k].size + (IF Moving(S, "spill", k) THEN S.index[k].size ELSE 0)
+
+\* These leave the index, and with them what they take, but for those that are pinned.
 Stays(S, k) == S.index[k].refs > 0
-Remains(S, k) == [key |-> k, gen |-> S.index[k].gen, slot |-> S.index[k].ram, refs |-> S.index[k].refs]
+Remains(S, k) ==
+  [key |-> k, gen |-> S.index[k].gen, refs |-> S.index[k].refs, places |-> PlacesOf(S, k), room |-> RoomOf(S, k)]
 Dropped(S, ks) ==
   LET kept == {k \in ks : Stays(S, k)}
-      spills == Under(S, "spill", ks)
-      out == [Erased(S, ks) EXCEPT !.index = [k \in Key |-> IF k \in ks THEN Absent ELSE S.index[k]],
-                                   !.dead = @ \cup {Remains(S, k) : k \in kept},
-                                   !.room = @ - Sum([m \in spills |-> m.size], spills)]
-  IN Freed(out, ({S.index[k].ram : k \in ks \ kept} \cup {m.slot : m \in Under(S, "promote", ks)}) \ {0})
+      gone == ks \ kept
+      out == [S EXCEPT !.index = [k \in Key |-> IF k \in ks THEN Absent ELSE S.index[k]],
+                       !.disk = [k \in Key |-> IF k \in ks THEN NoCopy ELSE S.disk[k]],
+                       !.dead = @ \cup {Remains(S, k) : k \in kept},
+                       !.room = @ - Sum([k \in gone |-> RoomOf(S, k)], gone)]
+  IN Freed(out, UNION {PlacesOf(S, k) : k \in gone})
 
 \* Lookup: the longest sealed prefix.
 Found(S, k) == {j \in Chain(k) : \A i \in Chain(j) : Sealed(S, Name(i))}
@@ -120,7 +122,9 @@ Unpinned(S, pins) ==
       index == [k \in Key |-> IF on(k, S.index[k].gen) THEN [S.index[k] EXCEPT !.refs = @ - 1] ELSE S.index[k]]
       dead == {IF on(d.key, d.gen) THEN [d EXCEPT !.refs = @ - 1] ELSE d : d \in S.dead}
       over == {d \in dead : d.refs = 0}
-  IN Freed([S EXCEPT !.index = index, !.pins = @ \ pins, !.dead = dead \ over], {d.slot : d \in over} \ {0})
+      out == [S EXCEPT !.index = index, !.pins = @ \ pins, !.dead = dead \ over,
+                       !.room = @ - Sum([d \in over |-> d.room], over)]
+  IN Freed(out, UNION {d.places : d \in over})
 
 \* A release carries the token, and the token alone says what ends.
 Ended(S, t) == PinsOf(S, t)
@@ -157,7 +161,7 @@ MayEvictDisk(S, k) ==
   /\ Sealed(S, k) /\ S.index[k].disk /\ ~Moving(S, "promote", k)
   /\ S.index[k].ram # 0 \/ (Unused(S, k) /\ Leaf(S, k))
 EvictedDisk(S, k) ==
-  IF S.index[k].ram # 0 THEN [Erased(S, {k}) EXCEPT !.index[k].disk = FALSE] ELSE Dropped(S, {k})
+  IF S.index[k].ram # 0 THEN [S EXCEPT !.index[k].disk = FALSE, !.disk[k] = NoCopy, !.room = @ - S.disk[k].size] ELSE Dropped(S, {k})
 
 \* Copies between the tiers. They take room where they go to, and keep nothing where they come from: the block may be
 \* gone, and there anew, before they end.
@@ -168,10 +172,11 @@ MaySpill(S, k) ==
 Spilling(S, k) ==
   [S EXCEPT !.moves = @ \cup {Move("spill", k, S, S.index[k].ram)}, !.room = @ + S.index[k].size]
 Intact(S, k) == S.mem[S.index[k].ram].parts = Whole(S.index[k].sum)
+Copied(S, k) ==
+  LET b == S.index[k] IN
+  [gen |-> b.gen, size |-> b.size, sum |-> b.sum, bytes |-> IF Intact(S, k) THEN b.sum ELSE Spoilt(b.sum, "ram")]
 Enters(S, m) ==
-  LET k == m.key sum == S.index[k].sum
-      copied == [gen |-> m.gen, size |-> m.size, sum |-> sum, bytes |-> IF Intact(S, k) THEN sum ELSE Spoilt(sum, "ram")]
-  IN [S EXCEPT !.moves = @ \ {m}, !.index[k].disk = TRUE, !.disk[k] = copied]
+  [S EXCEPT !.moves = @ \ {m}, !.index[m.key].disk = TRUE, !.disk[m.key] = [Copied(S, m.key) EXCEPT !.gen = m.gen]]
 Fails(S, m) == [S EXCEPT !.moves = @ \ {m}, !.room = @ - m.size]
 \* It comes too late.
 Misses(S, m) == [S EXCEPT !.moves = @ \ {m}]
@@ -264,7 +269,7 @@ Declared(w) == IF w.who \in Peer THEN copy[w.who].sum ELSE Bytes(tgt[w.who].kv[L
 
 Reserve(s, h, k) ==
   LET S == store[s] n == Name(k) IN
-  /\ Offers(h, s, k) /\ ~\E w \in wr : w.s = s /\ w.who = h /\ w.want = k
+  /\ Offers(h, s, k) /\ ~\E w \in wr : w.live /\ w.s = s /\ w.who = h /\ w.want = k
   /\ MayReserve(S, n, h) /\ MayFollow(S, n, h) /\ S.gens[n] < MaxGen
   /\ \E c \in Places(S, Size(k)) :
        /\ Becomes(s, Reserved(S, n, h, c, Size(k)))
@@ -411,12 +416,15 @@ Condemn(s, k) ==
   /\ wr' = Over(s, ks, wr)
   /\ UNCHANGED <<hand, copy, tgt, down, faults>>
 
-\* kill -9, and a new process. The disk may have lost what it had not yet written; readers' copies are their own.
-Lost(S, ks) == [S EXCEPT !.disk = [k \in Key |-> IF k \in ks THEN NoCopy ELSE S.disk[k]]]
-Crash(s, ks) ==
+\* kill -9, and a new process. The disk may have lost what it had not yet written, and may have copies that the books were
+\* not told of yet; readers' copies are their own.
+Left(S, lost, landed) ==
+  [S EXCEPT !.disk = [k \in Key |-> IF k \in lost THEN NoCopy ELSE IF k \in landed THEN Copied(S, k) ELSE S.disk[k]]]
+Crash(s, lost, landed) ==
   /\ faults.crashes < MaxCrashes /\ faults' = [faults EXCEPT !.crashes = @ + 1]
-  /\ \A k \in ks : store[s].index[k].disk
-  /\ Becomes(s, Restored(Lost(store[s], ks)))
+  /\ \A k \in lost : store[s].index[k].disk
+  /\ \A k \in landed : Moving(store[s], "spill", k)
+  /\ Becomes(s, Restored(Left(store[s], lost, landed)))
   /\ hand' = [h \in Holder |-> [n \in Number |->
        IF hand[h][n].s = s /\ hand[h][n].st = "held" THEN [hand[h][n] EXCEPT !.st = "lapsed"] ELSE hand[h][n]]]
   /\ wr' = Over(s, Key, wr)
@@ -460,7 +468,7 @@ TierNext(s) ==
 Next ==
   \/ \E h \in Target : TargetNext(h) \/ Die(h)
   \/ WriterNext \/ ReaderNext
-  \/ \E s \in Store : TierNext(s) \/ (\E ks \in SUBSET Key : Crash(s, ks)) \/ \E k \in Key : EvictNext(s, k) \/ Flip(s, k) \/ Condemn(s, k)
+  \/ \E s \in Store : TierNext(s) \/ (\E lost, landed \in SUBSET Key : Crash(s, lost, landed)) \/ \E k \in Key : EvictNext(s, k) \/ Flip(s, k) \/ Condemn(s, k)
 
 Spec == Init /\ [][Next]_vars
 
@@ -539,13 +547,15 @@ OneWriter == \A w \in wr : w.live =>
 \* Each place that is taken belongs to something; room is what all of them take.
 Claims(S) ==
   {<<S.index[k].ram, k, S.index[k].gen>> : k \in {k \in Key : S.index[k].ram # 0}}
-  \cup {<<d.slot, d.key, d.gen>> : d \in {d \in S.dead : d.slot # 0}}
+  \cup UNION {{<<c, d.key, d.gen>> : c \in d.places} : d \in S.dead}
   \cup {<<m.slot, m.key, m.gen>> : m \in Under(S, "promote", Key)}
 ConservedIn(S) ==
   LET taken == {c \in Slot : S.mem[c].gen # 0} spills == Under(S, "spill", Key) IN
   /\ {<<c, S.mem[c].key, S.mem[c].gen>> : c \in taken} = Claims(S)
   /\ S.ram = Sum([c \in taken |-> S.mem[c].size], taken) /\ S.ram <= RamRoom
-  /\ S.room = Sum([k \in Key |-> S.disk[k].size], Key) + Sum([m \in spills |-> m.size], spills) /\ S.room <= DiskRoom
+  /\ S.room = Sum([k \in Key |-> S.disk[k].size], Key) + Sum([m \in spills |-> m.size], spills)
+               + Sum([d \in S.dead |-> d.room], S.dead)
+  /\ S.room <= DiskRoom
   /\ \A k \in Key : (S.disk[k].gen # 0) = S.index[k].disk
 BytesConserved == \A s \in Store : ConservedIn(store[s])
 
@@ -589,7 +599,7 @@ GenMonotone == [][\A s \in Store : \A k \in Key :
 
 \* Bytes that nobody can reach any more make room.
 Unreachable(c) == \E s \in Store :
-  \/ \E d \in store[s].dead : d.slot = c
+  \/ \E d \in store[s].dead : c \in d.places
   \/ \E k \in Key : Writing(store[s], k) /\ store[s].index[k].ram = c /\ store[s].index[k].who \in down
 Reclaimed == \A c \in Slot : Unreachable(c) ~> ~Unreachable(c)
 

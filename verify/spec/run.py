@@ -1,7 +1,7 @@
 """A recorded run of one request: its log as the stream holds it, and what the parties said that they did.
 
 The file has a JSON object a line: a head, one for each record and each event, and a foot that counts and digests them.
-``data`` is what counts; ``what`` is the same for people.
+``data`` is what counts; ``what`` is the same for people. A run of a block store (steps.py) has the same form.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from google.protobuf.message import DecodeError, Message
 from countersign.v1.commit_pb2 import CommitRecord
 from countersign.v1.event_pb2 import ProtocolEvent
 from countersign.verify.spec.errors import SpecError
+from countersign.verify.spec.steps import CacheRun, head_of, run_from, step_from_json, step_to_json
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +41,24 @@ class Run:
     records: tuple[Record, ...]
     events: tuple[ProtocolEvent, ...]
 
+    def __len__(self) -> int:
+        return len(self.records) + len(self.events)
 
-def write_run(run: Run) -> str:
+
+def write_run(run: Run | CacheRun) -> str:
     """The file's text."""
-    lines = [json.dumps({"countersign_run": FORMAT, "request": run.request_id})]
-    lines += [_line("record", one.data, CommitRecord, sequence=one.sequence) for one in run.records]
-    lines += [_line("event", one.SerializeToString(deterministic=True), ProtocolEvent) for one in run.events]
-    foot = {"records": len(run.records), "events": len(run.events), "sha256": _digest(lines)}
-    return "\n".join([*lines, json.dumps(foot)]) + "\n"
+    if isinstance(run, CacheRun):
+        head = head_of(run)
+        middle = [json.dumps({"kind": "step", **step_to_json(step)}) for step in run.steps]
+    else:
+        head = {"spec": "commit", "request": run.request_id}
+        middle = [_line("record", one.data, CommitRecord, sequence=one.sequence) for one in run.records]
+        middle += [_line("event", one.SerializeToString(deterministic=True), ProtocolEvent) for one in run.events]
+    lines = [json.dumps({"countersign_run": FORMAT, **head}), *middle]
+    return "\n".join([*lines, json.dumps({"lines": len(middle), "sha256": _digest(lines)})]) + "\n"
 
 
-def read_run(file: Path) -> Run:
+def read_run(file: Path) -> Run | CacheRun:
     """A recorded run.
 
     Raises:
@@ -61,10 +69,12 @@ def read_run(file: Path) -> Run:
         head, *middle, foot = (json.loads(line) for line in lines)
         if head["countersign_run"] != FORMAT:
             raise SpecError(f"{file.name}: format {head['countersign_run']} is not known here, {FORMAT} is")
+        if (len(middle), _digest(lines[:-1])) != (foot["lines"], foot["sha256"]):
+            raise SpecError(f"{file.name}: its last line does not go with the others: it was cut or changed")
+        if head["spec"] == "cache":
+            return run_from(head, map(step_from_json, middle))
         records = tuple(Record(one["sequence"], _data(one)) for one in middle if one["kind"] == "record")
         events = tuple(ProtocolEvent.FromString(_data(one)) for one in middle if one["kind"] == "event")
-        if (len(records), len(events), _digest(lines[:-1])) != (foot["records"], foot["events"], foot["sha256"]):
-            raise SpecError(f"{file.name}: its last line does not go with the others: it was cut or changed")
         return Run(head["request"], records, events)
     except (OSError, ValueError, KeyError, TypeError, DecodeError) as error:
         raise SpecError(f"{file.name} is no recorded run: {type(error).__name__}: {error}") from error
