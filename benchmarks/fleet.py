@@ -303,6 +303,10 @@ class Result:
         seconds, weights = (np.array(part) for part in zip(*sorted(self.gaps), strict=True))
         return float(seconds[np.searchsorted(np.cumsum(weights), share * weights.sum())])
 
+    def mean_gap(self, share: float) -> float:
+        """Of the answers' mean gaps."""
+        return float(np.quantile([request.gap for request in self.requests if request.output > 1] or [0.0], share))
+
     @property
     def tokens_per_second(self) -> float:
         return sum(request.output for request in self.requests) / self.seconds

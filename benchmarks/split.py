@@ -221,8 +221,9 @@ def _sizes(cost: Any, size: Any, fleets: Sequence[int]) -> list[Row]:
             case, n = f"{mix.name}, {machines} machines, {trial.policy}", len(result.requests)
             rows.append(Row("split", case, "throughput", result.tokens_per_second, "tokens/s", n))
             for share in (0.5, 0.99):
-                rows.append(Row("split", case, f"first token, p{100 * share:g}", result.ttft(share) * 1e3, "ms", n))
-                rows.append(Row("split", case, f"gap, p{100 * share:g}", result.gap(share) * 1e3, "ms", n))
+                times = {"first token": result.ttft, "gap": result.gap, "mean gap of an answer": result.mean_gap}
+                for name, of in times.items():
+                    rows.append(Row("split", case, f"{name}, p{100 * share:g}", of(share) * 1e3, "ms", n))
     return rows
 
 
@@ -260,7 +261,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
     from matplotlib import pyplot as plt
 
     drawn = []
-    metrics = ("throughput", "first token, p50", "first token, p99", "gap, p50", "gap, p99")
+    metrics = ("throughput", "first token, p50", "first token, p99", "gap, p99", "mean gap of an answer, p99")
     for mix in ("code", "conversation"):
         figure, panels = plt.subplots(1, len(metrics), figsize=(18, 3.6), layout="constrained")
         for axes, metric in zip(panels, metrics, strict=True):
@@ -269,6 +270,8 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
                 curve = [(int(case[1].split()[0]), row.value) for case, row in cases if case[::2] == [mix, policy]]
                 axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=policy)
             axes.set(xscale="log", yscale="log", xlabel="machines", title=metric)
+            axes.set_xticks([x for x, _ in curve], [str(x) for x, _ in curve])
+            axes.minorticks_off()
             axes.grid(visible=True, alpha=0.25)
         panels[0].set_ylabel("tokens/s")
         panels[1].set_ylabel("ms")
