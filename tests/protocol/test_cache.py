@@ -278,6 +278,15 @@ def test_what_is_on_disk_is_a_whole_prefix() -> None:
     on_disk(cache, A, B)
 
 
+def test_a_chain_longer_than_ram_is_written_through_it() -> None:
+    cache = fresh(20, 50)
+    for key, parent in ((A, b""), (B, A), (C, B), (D, C)):
+        put(cache, key, parent)
+        on_disk(cache, key)
+    assert look(cache, [A, B, C, D]).count == 4
+    cache.check_integrity()
+
+
 def test_a_copy_that_failed_gives_its_room_back_and_may_be_tried_again() -> None:
     cache = fresh(30, 30)
     fill(cache, A)

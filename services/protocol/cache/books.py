@@ -80,7 +80,7 @@ class Books:
         return other is Copy.WHOLE or len(block.children) <= children_gone
 
     def _make_room(self, tier: Tier, size: int, parent: bytes, now: float) -> bool:
-        """Evicts until ``size`` more bytes fit; nothing when they cannot. The new copy's ``parent`` stays."""
+        """Evicts until ``size`` more bytes fit; nothing when they cannot. The new copy's ``parent`` stays (on disk)."""
         victims = self._victims(tier, self._rounded(size) - self._capacity_left(tier), parent, now)
         for victim in victims or ():
             self._evict(victim, tier)
@@ -100,7 +100,7 @@ class Books:
             if not self._may_go(block, tier, copies_gone[key], children_gone[key]):
                 continue
             kept.append(block)
-            if key == parent or block.pinned(now):
+            if block.pinned(now) or (key == parent and (tier is Tier.DISK or self._is_last(block))):
                 continue
             victims.append(block)
             gone.add(generation)
