@@ -198,7 +198,7 @@ class BlockStore:
             DataLoss: reason CHECKSUM_MISMATCH.
         """
         try:
-            slot = self.cache.writing(key, lease, now=self._clock()).slot
+            slot = self.cache.sealable(key, lease, now=self._clock()).slot
             if self.arena.checksum(slot) != checksum:
                 self.release([lease])
                 text = f"the bytes of block {key.hex()} do not have the checksum that came with them"

@@ -9,14 +9,12 @@ from typing import Any, cast
 
 import pytest
 import pytest_asyncio
-from google.protobuf.message import Message
-from kv_client import SIZE, data_of
+from kv_client import SIZE, GrpcBus, data_of
 
 from countersign.services.kv.service import KvService
 from countersign.services.kv.store import BlockStore
 from countersign.services.protocol.cache import Tier
 from countersign.services.protocol.checksum import checksum
-from countersign.services.runtime.errors import Unavailable
 from countersign.services.runtime.rpc import Channel, RpcServer
 from countersign.services.runtime.shared_memory import MemoryServer
 from countersign.services.target.prefixes import Prefixes, PrefixKeys
@@ -26,24 +24,6 @@ KEYS = PrefixKeys(b"w" * 32, "test")
 CHAIN = KEYS("tenant", range(16 * 8))
 BLOCKS = [data_of(key) for key in CHAIN]
 LOG = logging.getLogger("test")
-
-
-@dataclass
-class GrpcBus:
-    """Carries calls to one service over its gRPC; ``broken`` lists methods that do not answer."""
-
-    channel: Channel
-    broken: set[str] = field(default_factory=set)
-    calls: list[str] = field(default_factory=list)
-    replies: dict[str, Message] = field(default_factory=dict)
-
-    async def call(self, service: str, method: str, request: Message, reply_type: Any, timeout: float) -> Any:  # noqa: ASYNC109
-        self.calls.append(method)
-        if method in self.broken:
-            raise Unavailable("nobody answers", reason="NO_RESPONDERS")
-        reply = await self.channel.unary(f"/countersign.v1.KvService/{method}", request, reply_type, timeout)
-        self.replies[method] = reply
-        return reply
 
 
 @dataclass

@@ -118,8 +118,11 @@ class CacheRules(RuleBasedStateMachine):
     def time_passes(self, seconds: int) -> None:
         self.now += seconds
 
-    @rule(path=paths, holder=holders, ttl=st.integers(1, 8))
-    def lookup(self, path: Path, holder: str, ttl: int) -> None:
+    @rule(path=paths, holder=holders, ttl=st.integers(1, 8), known=st.integers(0, 30))
+    def lookup(self, path: Path, holder: str, ttl: int, known: int) -> None:
+        """Any chain, or that of a block that is there."""
+        if known % 3 and self.blocks:
+            path = list(self.blocks.values())[known % len(self.blocks)].path
         chain = chain_of(path)
         expected = [self.blocks[key] for key in chain if key in self.blocks]
         expected = list(itertools.takewhile(lambda block: block.sealed, expected))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.message import Message
 
 from countersign.services.protocol.checksum import checksum
+from countersign.services.runtime.errors import Unavailable
 from countersign.services.runtime.rpc import Channel
 from countersign.v1.kv_pb2 import (
     BlockId,
@@ -101,3 +105,21 @@ class Kv:
 
     async def stats(self) -> GetStatsResponse:
         return await self.channel.unary(f"{_SERVICE}/GetStats", GetStatsRequest(), GetStatsResponse, self.timeout)
+
+
+@dataclass
+class GrpcBus:
+    """Carries calls to one service over its gRPC; ``broken`` lists methods that do not answer."""
+
+    channel: Channel
+    broken: set[str] = field(default_factory=set)
+    calls: list[str] = field(default_factory=list)
+    replies: dict[str, Message] = field(default_factory=dict)
+
+    async def call(self, service: str, method: str, request: Message, reply_type: Any, timeout: float) -> Any:  # noqa: ASYNC109
+        self.calls.append(method)
+        if method in self.broken:
+            raise Unavailable("nobody answers", reason="NO_RESPONDERS")
+        reply = await self.channel.unary(f"/countersign.v1.KvService/{method}", request, reply_type, timeout)
+        self.replies[method] = reply
+        return reply

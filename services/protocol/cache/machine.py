@@ -209,8 +209,8 @@ class BlockCache(Books):
         self._say("Write", block, lease=lease)
         return block
 
-    def seal(self, key: bytes, lease: int, checksum: bytes, *, now: float) -> Block:
-        """The block's bytes are all there and have this checksum: from now on it is found.
+    def sealable(self, key: bytes, lease: int, *, now: float) -> Block:
+        """The block, all of whose bytes came: whoever has them may compare them with their checksum.
 
         Raises:
             NotLeased: as for `writing`.
@@ -221,6 +221,15 @@ class BlockCache(Books):
             raise NotSealable("bytes of the block are missing", key=key)
         if block.above is not None and not block.above.sealed:
             raise NotSealable("the block before it is not sealed", key=key, parent=block.parent)
+        return block
+
+    def seal(self, key: bytes, lease: int, checksum: bytes, *, now: float) -> Block:
+        """The block's bytes are all there and have this checksum: from now on it is found.
+
+        Raises:
+            NotLeased, NotSealable: as for `sealable`.
+        """
+        block = self.sealable(key, lease, now=now)
         del self._leases[lease]
         block.writing, block.checksum = None, checksum
         block.copies[Tier.RAM] = Copy.WHOLE
