@@ -1,4 +1,4 @@
-"""A store that is killed under load: no wrong byte, no hang, nothing left of its memory, and a disk that is readable."""
+"""A store killed under load: no wrong byte, no hang, nothing left of its memory, and a disk that can be read."""
 
 from __future__ import annotations
 
