@@ -236,8 +236,7 @@ async def _redis() -> AsyncIterator[_Redis | None]:
                 client.ping()
                 break
             await asyncio.sleep(0.05)
-        version = cast("dict[str, Any]", client.info("server"))["redis_version"]
-        yield _Redis(client, f"Redis {version}")
+        yield _Redis(client, f"Redis {client.info('server')['redis_version']}")
     finally:
         client.close()
         process.terminate()
@@ -312,13 +311,13 @@ async def _misses(bus: Bus, model: Model, turns: int) -> list[Row]:
                 answer = await target.answer(_prompt(model, 1000 + turn), tokens=64)
             if turn:
                 times[store].append(answer.whole)
-    cost = statistics.median(times[True]) / statistics.median(times[False]) - 1
+    cost = statistics.median(a / b for a, b in zip(times[True], times[False], strict=True)) - 1
     case = f"prompt of {PROMPT} tokens that nobody stored, 64 new tokens"
     return [Row("kv", case, "time that the store takes", cost, "share", turns, "<= 0.02", cost <= 0.02)]
 
 
 def _prompt(model: Model, number: int) -> list[int]:
-    return np.random.default_rng(number).integers(10, model.config.vocabulary_size, PROMPT).tolist()
+    return [int(each) for each in np.random.default_rng(number).integers(10, model.config.vocabulary_size, PROMPT)]
 
 
 @dataclass(frozen=True, slots=True)
