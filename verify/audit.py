@@ -125,6 +125,12 @@ class _Audit:
             raise NotCheckable(
                 "no reference model to compare with", help="name the folder of its weights (--model FOLDER)"
             )
+        policy = self.signed.receipt.evidence.kv_policy
+        if policy != "exact":
+            raise NotCheckable(
+                f"the receipt says that KV may have been stored as {policy}, so the reference may choose other tokens",
+                help="ask for answers of a target with target.kv_wire=exact where tokens are to be audited",
+            )
         from countersign.verify.difr import audit_tokens  # torch takes seconds to import; only this level needs it
 
         receipt = self.signed.receipt

@@ -22,6 +22,7 @@ RequestId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 UnixMilliseconds = Annotated[int, msgspec.Meta(ge=0, le=253_402_300_799_999)]  # to the end of the year 9999
 Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
 FinishReason = Literal["stop", "length", "deadline", "cancelled", "error"]
+KvPolicy = Literal["exact", "fp8", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """How it came about. ``commit`` is the SHA-256 of the last commit record before Closed, the ``records``-th."""
+    """How it came about. ``commit`` is the SHA-256 of the last commit record before Closed, the ``records``-th.
+
+    ``kv_policy``: "exact", or the lossy form in which the KV of a prefix may have been stored.
+    """
 
     commit: Digest
     records: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
@@ -87,7 +91,7 @@ class Evidence:
     accepted: Count
     passes: Count
     cached_prompt_tokens: Count
-    kv_policy: Literal["exact"]
+    kv_policy: KvPolicy
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,6 +15,7 @@ from countersign.services.runtime.errors import CountersignError
 from countersign.services.target.backoff import Backoff
 from countersign.services.target.blocks import Staging, StoreLink
 from countersign.services.target.putting import Putting
+from countersign.services.target.wire import Wire
 from countersign.v1.kv_pb2 import (
     BlockId,
     BlockKind,
@@ -53,6 +55,7 @@ class Prefixes:
         holder: the target's instance.
         keys: what its blocks are of.
         block_bytes: size of one block.
+        wire: how its numbers are stored; as they are by default.
         share_memory: false: bytes go by gRPC even where the store is on this host.
     """
 
@@ -65,6 +68,7 @@ class Prefixes:
         *,
         keys: PrefixKeys,
         block_bytes: int,
+        wire: Wire | None = None,
         share_memory: bool = True,
     ) -> None:
         self._bus = bus
@@ -72,7 +76,9 @@ class Prefixes:
         self._holder = f"{holder}/{secrets.token_hex(8)}"
         self._backoff = Backoff(clock)
         self._log = log
-        self._kind = BlockKind(weights_sha256=keys.weights, cache_format=keys.cache_format, size=block_bytes)
+        self._wire = wire
+        size = wire.size(block_bytes) if wire is not None else block_bytes
+        self._kind = BlockKind(weights_sha256=keys.weights, cache_format=keys.cache_format, size=size)
         self._staging = Staging() if share_memory else None
         self._links: dict[str, StoreLink] = {}
 
@@ -101,7 +107,9 @@ class Prefixes:
             self._log.warning("kv store does not answer, prefilling instead error=%s", error.reason)
             return []
         self._backoff.answered()
-        return blocks
+        if self._wire is None:
+            return blocks
+        return await asyncio.to_thread(lambda wire: [wire.decode(block) for block in blocks], self._wire)
 
     async def store(
         self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int, cost_us: int = 0
@@ -123,7 +131,7 @@ class Prefixes:
         ``cost_us``: what computing one block took, in microseconds; 0: not known. Puts of one request come one after
         the other: a block is sealed after those before it.
         """
-        put = Putting(self._log)
+        put = Putting(self._log, self._wire)
         leases: list[int] = []
         if count > 0 and not self._backoff.resting:
             leases = await self._begin(put, request_id, keys[: first + count], first, cost_us)

@@ -11,6 +11,7 @@ from xxhash import xxh3_128
 
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.target.blocks import Staging, StoreLink, seal_of, staged
+from countersign.services.target.wire import Wire
 from countersign.v1.kv_pb2 import PutPart, PutRequest
 
 # Parts that wait for the wire; then who computes them waits.
@@ -38,8 +39,9 @@ class Putting:
     Whatever goes wrong, the rest is not sent: it costs a recompute only, and nobody is told but the log.
     """
 
-    def __init__(self, log: logging.Logger) -> None:
+    def __init__(self, log: logging.Logger, wire: Wire | None = None) -> None:
         self._log = log
+        self._wire = wire
         self._blocks: list[_Block] = []
         self._size = 0
         self._staging: Staging | None = None
@@ -115,7 +117,7 @@ class Putting:
         """Stages one part of every block, or copies it into messages."""
         requests, size = [PutRequest()], 0
         for place, block in enumerate(self._blocks):
-            data = slices[block.index]
+            data = slices[block.index] if self._wire is None else self._wire.encode(slices[block.index])
             block.digest.update(data)
             part = PutPart(key=block.key, lease=block.lease, offset=block.filled)
             if self._region is not None and self._staging is not None:

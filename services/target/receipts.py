@@ -14,6 +14,7 @@ from countersign.v1.sampling_pb2 import Drafting, FinishReason
 from countersign.verify import receipt as receipts
 from countersign.verify.logged import openings_of
 from countersign.verify.payload import FinishReason as SignedReason
+from countersign.verify.payload import KvPolicy
 
 
 def finish_name(reason: FinishReason.ValueType) -> SignedReason:
@@ -22,9 +23,13 @@ def finish_name(reason: FinishReason.ValueType) -> SignedReason:
 
 
 class ReceiptMaker:
-    """Signs with one key for one model. ``build`` names the release and the libraries that compute."""
+    """Signs with one key for one model.
 
-    def __init__(self, key: Ed25519PrivateKey, model: ModelInfo, build: str) -> None:
+    ``build`` names the release and the libraries that compute, ``kv_policy`` what may have been lost of the KV.
+    """
+
+    def __init__(self, key: Ed25519PrivateKey, model: ModelInfo, build: str, kv_policy: KvPolicy = "exact") -> None:
+        self._kv_policy = kv_policy
         self._key = key
         self._build = build
         self._model = receipts.Model(
@@ -60,7 +65,7 @@ class ReceiptMaker:
                 accepted=log.accepted,
                 passes=log.passes,
                 cached_prompt_tokens=log.cached_prompt_tokens,
-                kv_policy="exact",
+                kv_policy=self._kv_policy,
             ),
             usage=receipts.Usage(started_unix_ms, max(started_unix_ms, finished_unix_ms), joules="unavailable"),
         )

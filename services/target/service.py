@@ -46,6 +46,7 @@ from countersign.services.target.prefixes import Prefixes, PrefixKeys
 from countersign.services.target.receipts import ReceiptMaker
 from countersign.services.target.session import Session
 from countersign.services.target.stopping import Stopper
+from countersign.services.target.wire import Wire
 from countersign.v1 import target_pb2
 from countersign.v1.commit_pb2 import Opened
 from countersign.v1.event_pb2 import Started
@@ -318,15 +319,24 @@ async def create(context: Context) -> TargetService:
         f"countersign/{__version__} {model.executor.name} torch/{torch.__version__} python/{platform.python_version()}"
     )
     # Executors round differently, so that one's KV is not another's.
-    keys = PrefixKeys(info.weights_sha256, f"{CACHE_FORMAT}/{config.dtype}/{model.executor.name}")
+    wire = Wire(config.kv_wire, cache.dtype, PAGE_TOKENS * model.config.head_dim)
+    keys = PrefixKeys(info.weights_sha256, f"{CACHE_FORMAT}/{config.dtype}/{model.executor.name}{wire.suffix}")
     prefixes = None
     if config.kv_store:
-        size = cache.block_bytes
-        prefixes = Prefixes(context.bus, context.instance, time.monotonic, context.log, keys=keys, block_bytes=size)
+        prefixes = Prefixes(
+            context.bus,
+            context.instance,
+            time.monotonic,
+            context.log,
+            keys=keys,
+            block_bytes=cache.block_bytes,
+            wire=None if config.kv_wire == "exact" else wire,
+        )
     drafts = Drafts(context.bus, context.config.draft, model.config.vocabulary_size, time.monotonic, context.log)
     announcer = Announcer(context.bus if context.config.sidecar.enabled else None, context.instance)
     loop = TargetLoop(engine, drafts, prefixes, keys, wall_ms=wall_ms, log=context.log, announcer=announcer)
-    committer = Committer(context.journal, ReceiptMaker(key, info, build), wall_ms, loop.wake, context.log, announcer)
+    maker = ReceiptMaker(key, info, build, config.kv_wire if config.kv_store else "exact")
+    committer = Committer(context.journal, maker, wall_ms, loop.wake, context.log, announcer)
     return TargetService(
         context.instance,
         info,

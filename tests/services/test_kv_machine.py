@@ -157,7 +157,7 @@ def served(tmp_path: Path) -> Iterator[ServedCache]:
 def test_no_schedule_of_readers_writers_lapses_and_kills_breaks_a_property(served: ServedCache) -> None:
     seen: set[str] = set()
     machine = type("Sound", (ServiceRules,), {"seen": seen, "served": served})
-    run(machine, examples=12, steps=50)
+    run(machine, examples=6, steps=50)
     assert {"found", "read", "killed", "a lease is renewed"} - seen == set(), "never reached"
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import pytest_asyncio
+import torch
 from kv_client import SIZE, GrpcBus, data_of
 
 from countersign.services.kv.service import KvService
@@ -18,6 +19,7 @@ from countersign.services.protocol.checksum import checksum
 from countersign.services.runtime.rpc import Channel, RpcServer
 from countersign.services.runtime.shared_memory import MemoryServer
 from countersign.services.target.prefixes import Prefixes, PrefixKeys
+from countersign.services.target.wire import Wire
 from countersign.v1.kv_pb2 import LookupResponse
 
 KEYS = PrefixKeys(b"w" * 32, "test")
@@ -33,10 +35,11 @@ class House:
     bus: GrpcBus
     clients: list[Prefixes] = field(default_factory=list)
 
-    def target(self, name: str = "t", *, share_memory: bool = True, size: int = SIZE) -> Prefixes:
-        made = Prefixes(
-            cast("Any", self.bus), name, lambda: 0.0, LOG, keys=KEYS, block_bytes=size, share_memory=share_memory
-        )
+    def target(
+        self, name: str = "t", *, share_memory: bool = True, size: int = SIZE, wire: Wire | None = None
+    ) -> Prefixes:
+        options: dict[str, Any] = {"block_bytes": size, "wire": wire, "share_memory": share_memory}
+        made = Prefixes(cast("Any", self.bus), name, lambda: 0.0, LOG, keys=KEYS, **options)
         self.clients.append(made)
         return made
 
@@ -191,3 +194,21 @@ async def look(house: House) -> LookupResponse:
     reply = house.bus.replies["Lookup"]
     assert isinstance(reply, LookupResponse)
     return reply
+
+
+@pytest.mark.parametrize("share_memory", [True, False])
+async def test_a_lossy_wire_takes_less_room_and_what_comes_back_is_near(house: House, share_memory: bool) -> None:
+    wire = Wire("int8", torch.float32, 128)
+    sent = [torch.randn(2, 4, 128, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    size = sent[0].numel() * 4
+    target = house.target(share_memory=share_memory, size=size, wire=wire)
+    async with target.putting("r1", CHAIN, 0, 3) as put:
+        for layer in range(2):
+            await put.part(layer, [block[layer].numpy().tobytes() for block in sent])
+    assert put.sealed == 3
+    held = house.store.cache.get(CHAIN[0])
+    assert held is not None
+    assert held.size == wire.size(size) < size / 3
+    for data, block in zip(await target.fetch("r2", CHAIN, 0), sent, strict=True):
+        got = torch.frombuffer(bytearray(data), dtype=torch.float32).view(2, 4, 128)
+        assert torch.allclose(got, block, atol=0.03)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import pytest
 
@@ -108,6 +108,17 @@ def test_without_a_reference_the_tokens_are_inconclusive(honest: bytes) -> None:
     for reference in (None, unavailable):
         report = audit(honest, trusted_keys=KEYS, reference=reference)
         assert outcomes(report)[2] == ("tokens", "inconclusive")
+
+
+@pytest.mark.parametrize("policy", ["fp8", "int8"])
+def test_tokens_over_kv_that_was_stored_with_losses_cannot_be_audited(
+    reference: Reference, policy: Literal["fp8", "int8"]
+) -> None:
+    receipt, openings = example_receipt(model=model_of(reference))
+    lossy = dataclasses.replace(receipt, evidence=dataclasses.replace(receipt.evidence, kv_policy=policy))
+    report = audit(sign(lossy, openings, KEY), trusted_keys=KEYS, reference=never)
+    assert outcomes(report) == [("form", "pass"), ("count", "pass"), ("tokens", "inconclusive")]
+    assert policy in report.levels[2].summary
 
 
 def test_a_level_runs_those_before_it_and_none_after_it(honest: bytes) -> None:
