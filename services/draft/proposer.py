@@ -25,6 +25,7 @@ class Ask:
     tokens: tuple[int, ...]
     count: int
     sampling: Sampling
+    tenant: str = ""
 
 
 @dataclass(slots=True)
@@ -35,6 +36,7 @@ class Held:
     """
 
     sequence: CachedSequence
+    tenant: str
     tokens: list[int] = field(default_factory=list)
     exact: int | None = None
 
@@ -69,7 +71,8 @@ class Proposer:
             held.sequence.close()
         else:
             tokens = held.tokens[: held.sequence.length]
-            self._reuse.keep(held.sequence, tokens, len(tokens) if held.exact is None else held.exact)
+            exact = len(tokens) if held.exact is None else held.exact
+            self._reuse.keep(held.sequence, tokens, exact, held.tenant)
 
     def propose(self, asks: Sequence[Ask]) -> list[tuple[int, ...] | int]:
         """One result an ask: the proposed tokens, or (an int) how many tokens are held when ``base`` is beyond them."""
@@ -92,7 +95,7 @@ class Proposer:
         if held is None:
             if ask.base > 0:
                 return 0
-            held = self._held[ask.request_id] = Held(self._cache.sequence())
+            held = self._held[ask.request_id] = Held(self._cache.sequence(), ask.tenant)
         self._held.move_to_end(ask.request_id)
         if ask.base > len(held.tokens):
             return len(held.tokens)
@@ -108,7 +111,7 @@ class Proposer:
     def _prefill(self, held: Held) -> None:
         """Feed what is not in the cache yet, but for the last tokens."""
         if self._reuse is not None and not held.sequence.length:
-            held.exact = self._reuse.fill(held.sequence, held.tokens[:-1])
+            held.exact = self._reuse.fill(held.sequence, held.tokens[:-1], held.tenant)
         while len(held.tokens) - held.sequence.length > PREFILL_ROWS:
             start = held.sequence.length
             self._model.forward(self._cache, [Span(held.sequence, held.tokens[start : start + PREFILL_ROWS], 0)])

@@ -84,7 +84,8 @@ class DraftService:
         params = sequence.sampling
         top_p = params.top_p if params.HasField("top_p") else 1.0
         sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=top_p, seed=params.seed)
-        return Ask(sequence.request_id, sequence.base, tuple(sequence.token_ids), sequence.count, sampling)
+        tokens = tuple(sequence.token_ids)
+        return Ask(sequence.request_id, sequence.base, tokens, sequence.count, sampling, sequence.tenant)
 
 
 async def create(context: Context) -> DraftService:

@@ -32,6 +32,7 @@ from countersign.services.engine.step import Span
 
 Places: TypeAlias = NDArray[np.int64]
 Bits: TypeAlias = NDArray[np.bool_]
+_Chunk: TypeAlias = tuple[str, tuple[int, ...]]
 
 CHUNK = 32
 """Tokens that must be the same in a row."""
@@ -69,6 +70,12 @@ class _Kept:
 
     tokens: Sequence[int]
     exact: int
+    tenant: str
+
+    def chunks(self) -> Iterator[tuple[_Chunk, int]]:
+        """What it is found by, and where that begins."""
+        for start in range(0, len(self.tokens) - CHUNK + 1, CHUNK):
+            yield (self.tenant, tuple(self.tokens[start : start + CHUNK])), start
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +87,28 @@ class _Place:
 
 
 class Library:
-    """Sequences whose KV may be taken, the oldest first."""
+    """Sequences whose KV may be taken, each for its own tenant, the oldest first."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[CachedSequence, _Kept] = OrderedDict()
-        self._chunks: dict[tuple[int, ...], tuple[CachedSequence, int]] = {}
+        self._chunks: dict[_Chunk, tuple[CachedSequence, int]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def add(self, sequence: CachedSequence, tokens: Sequence[int], exact: int) -> None:
+    def add(self, sequence: CachedSequence, tokens: Sequence[int], exact: int, tenant: str = "") -> None:
         """From now on its tokens are found, of which the first ``exact`` are exact."""
-        self._kept[sequence] = _Kept(tuple(tokens), exact)
-        for start in range(0, len(tokens) - CHUNK + 1, CHUNK):
-            self._chunks[tuple(tokens[start : start + CHUNK])] = (sequence, start)
+        kept = self._kept[sequence] = _Kept(tuple(tokens), exact, tenant)
+        self._chunks |= {chunk: (sequence, start) for chunk, start in kept.chunks()}
 
     def drop(self) -> CachedSequence | None:
         """The oldest, which is found no more."""
         if not self._kept:
             return None
         sequence, kept = self._kept.popitem(last=False)
-        for start in range(0, len(kept.tokens) - CHUNK + 1, CHUNK):
-            chunk = kept.tokens[start : start + CHUNK]
-            if self._chunks.get(tuple(chunk), (None, 0))[0] is sequence:
-                del self._chunks[tuple(chunk)]
+        for chunk, start in kept.chunks():
+            if self._chunks.get(chunk) == (sequence, start):
+                del self._chunks[chunk]
         return sequence
 
     def exact(self, pieces: Sequence[Piece]) -> int:
@@ -112,12 +117,12 @@ class Library:
             return 0
         return min(pieces[0].length, self._kept[pieces[0].source].exact)
 
-    def pieces(self, tokens: Sequence[int]) -> list[Piece]:
+    def pieces(self, tokens: Sequence[int], tenant: str = "") -> list[Piece]:
         """What of a text is there, in order, none overlapping: each grown from a chunk as far as it goes."""
         found: list[Piece] = []
         done = at = 0
         while at + CHUNK <= len(tokens):
-            hit = self._chunks.get(tuple(tokens[at : at + CHUNK]))
+            hit = self._chunks.get((tenant, tuple(tokens[at : at + CHUNK])))
             if hit is None:
                 at += 1
                 continue
@@ -146,9 +151,9 @@ class Reuse:
         if share and not isinstance(model.executor, LayeredExecutor):
             raise EngineError(f"the executor {model.executor.name} cannot stop at a layer: reuse without recomputing")
 
-    def keep(self, sequence: CachedSequence, tokens: Sequence[int], exact: int) -> None:
+    def keep(self, sequence: CachedSequence, tokens: Sequence[int], exact: int, tenant: str = "") -> None:
         """The KV of its tokens may be taken from now on, the first ``exact`` being exact. It is this object's."""
-        self._library.add(sequence, tokens, exact)
+        self._library.add(sequence, tokens, exact, tenant)
         if len(self._library) > self._most:
             self.drop()
 
@@ -160,7 +165,7 @@ class Reuse:
         sequence.close()
         return True
 
-    def fill(self, sequence: CachedSequence, tokens: Sequence[int]) -> int | None:
+    def fill(self, sequence: CachedSequence, tokens: Sequence[int], tenant: str = "") -> int | None:
         """Gives an empty sequence these tokens, or leaves it empty where nothing of them is there.
 
         Returns:
@@ -169,7 +174,7 @@ class Reuse:
         Raises:
             OutOfPages: they do not fit; nothing changed.
         """
-        pieces = self._library.pieces(tokens)
+        pieces = self._library.pieces(tokens, tenant)
         if not pieces:
             return None
         self._cache.reserve({sequence: len(tokens)})

@@ -91,6 +91,7 @@ class Drafts:
             token_ids=tokens[base:],
             count=min(self._config.tokens, wanted),
             sampling=session.opened.sampling,
+            tenant=session.opened.tenant,
         )
 
     def _results(self, asks: Sequence[DraftSequence], response: ProposeResponse) -> dict[str, Draft]:

@@ -98,6 +98,17 @@ def test_a_prompt_like_one_that_has_ended_is_proposed_for_from_its_kv(model: Mod
     cache.check_integrity()
 
 
+def test_one_tenants_text_is_not_taken_for_another(model: Model) -> None:
+    cache = PagedCache(model.config, "fp32", tokens=512)
+    draft = Proposer(model, cache, reuse=Reuse(model, cache))
+    draft.propose([Ask("a", 0, LONG, 4, DRAWN, tenant="x")])
+    draft.forget("a")
+    draft.propose([Ask("b", 0, LONG, 4, DRAWN, tenant="y")])
+    assert draft.reused == 0
+    draft.propose([Ask("c", 0, LONG, 4, DRAWN, tenant="x")])
+    assert draft.reused == len(LONG) - 1
+
+
 def test_what_is_kept_for_others_is_given_up_first_when_room_is_short(model: Model) -> None:
     cache = PagedCache(model.config, "fp32", tokens=192)
     draft = Proposer(model, cache, reuse=Reuse(model, cache))

@@ -54,12 +54,15 @@ class DraftSequence(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     base: _builtins.int
     """Tokens (prompt and output) before token_ids that the draft should still hold; 0 sends the whole sequence."""
     count: _builtins.int
     """How many to propose at most."""
+    tenant: _builtins.str
+    """Who asked; nothing that the draft keeps of one tenant is of use to another."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens from base on."""
@@ -76,10 +79,11 @@ class DraftSequence(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         count: _builtins.int = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "count", b"count", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "count", b"count", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
