@@ -105,10 +105,13 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """A finished pass: what was computed of each request, and what those that sampled got."""
+    """A finished pass: what was computed and adopted of each request, how many of its pages others find, and what those
+    that sampled got.
+    """
 
     computed: Mapping[str, int]
     adopted: Mapping[str, int]
+    published: Mapping[str, int]
     results: Sequence[Result]
 
 
@@ -214,16 +217,21 @@ class Engine:
             for (name, work), outcome in zip(works.items(), outcomes, strict=True)
             if work.samples or outcome.error
         ]
+        sound = []
         for (name, work), outcome in zip(works.items(), outcomes, strict=True):
             if name in step.plan.prefills:
                 self.sharing.computed += len(work.token_ids)
                 if outcome.sound:
+                    sound.append(name)
                     self._publish(live[name])
         for name in step.plan.joining:
             if name in live and name not in skip:
                 adopted[name] = self._join(live[name])
+        published = {name: tokens // PAGE_TOKENS for name, tokens in adopted.items()}
+        published |= {name: self._publishable(live[name]) for name in sound}
         computed = {name: work.sequence.length for name, work in works.items()}
-        return Ran(computed, {name: tokens for name, tokens in adopted.items() if name not in skip}, results)
+        adopted = {name: tokens for name, tokens in adopted.items() if name not in skip}
+        return Ran(computed, adopted, published, results)
 
     def _compute(self, works: Mapping[str, Work], live: Mapping[str, Generation]) -> list[Outcome]:
         """A pass, which tells of the blocks that it fills to whoever wants to know. Their last layer is told once all
@@ -248,6 +256,25 @@ class Engine:
                 fillings[name].whole(last + 1)
         return outcomes
 
+    def load(self, generation: Generation, blocks: Sequence[bytes]) -> None:
+        """Appends exported blocks that follow what a request has, and shares them; those that others have by now are
+        adopted. Belongs where ``run`` does.
+
+        Raises:
+            InvalidBlock, OutOfPages: see :meth:`CachedSequence.import_block`; what came before stays.
+        """
+        sequence = generation.sequence
+        if sequence is None:
+            return  # a deadline may have taken it while the blocks were on their way
+        first = sequence.length // PAGE_TOKENS
+        if generation.filled is None:
+            self._extend(generation, sequence, len(generation.keys))
+        try:
+            for block in blocks[sequence.length // PAGE_TOKENS - first :]:
+                sequence.import_block(block)
+        finally:
+            self._publish(generation)
+
     def settle(self, ran: Ran, kept: Mapping[str, Sequence[int]]) -> None:
         """Tells the scheduler what was computed, and adds to each request those of its new tokens that it keeps."""
         for result in ran.results:
@@ -256,6 +283,9 @@ class Engine:
         for name, tokens in ran.adopted.items():
             if tokens and self._running(name) is not None:
                 self.scheduler.adopted(name, tokens)
+        for name, pages in ran.published.items():
+            if self._running(name) is not None:
+                self.scheduler.published(name, pages)
         for name, computed in ran.computed.items():
             generation = self._running(name)
             if generation is None:
@@ -347,8 +377,13 @@ class Engine:
     def _publish(self, generation: Generation) -> None:
         """Lets others have the pages whose keys are known."""
         if generation.keys and generation.sequence is not None:
-            full = min(generation.sequence.length, len(generation.tokens)) // PAGE_TOKENS
-            self.cache.publish(generation.sequence, generation.keys[:full])
+            self.cache.publish(generation.sequence, generation.keys[: self._publishable(generation)])
+
+    @staticmethod
+    def _publishable(generation: Generation) -> int:
+        """How many of its pages have keys and are full of known tokens."""
+        length = 0 if generation.sequence is None else generation.sequence.length
+        return min(min(length, len(generation.tokens)) // PAGE_TOKENS, len(generation.keys))
 
 
 def _usable(generation: Generation) -> Sequence[bytes]:

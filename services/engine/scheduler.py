@@ -8,7 +8,8 @@ et al., "Fairness in Serving Large Language Models", OSDI 2024), and preempted b
 2. Its tenant: least virtual counter. Its request: earliest deadline, at most ``patience`` ms away; earliest arrival.
 3. Seniority of who runs: priority, one more for each ``aging`` plans of age; plain priority; earliest arrival.
 4. A pass: decodes, all or least recently run first; prefills by seniority; then whoever is admitted; then proposals.
-5. Who needs next what the pass computes for somebody before it joins: it waits, and adopts that.
+5. Who needs next what the pass computes for somebody before it joins: it waits, and adopts that. Admission counts pages
+   that requests share once.
 6. Short of pages: proposals are cut, then least priority (as in 3), most used tenant, latest arrival is preempted, for
    whoever comes before it in that order, but never the most senior.
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import MappingProxyType
@@ -129,7 +130,8 @@ class _Level:
 @dataclass(slots=True, eq=False)
 class _Entry:
     """A request's state. ``key``: its place in its tenant's queue (urgency, arrival, id); ``due``: the same of its
-    deadline; ``senior``: sorts the most senior first (aged priority, priority, arrival).
+    deadline; ``senior``: sorts the most senior first (aged priority, priority, arrival); ``published``: of how many of
+    its first pages others know.
     """
 
     request: Request
@@ -141,6 +143,7 @@ class _Entry:
     senior: tuple[int, int, int]
     known: int
     computed: int = 0
+    published: int = 0
     running: bool = False
     held: bool = False
     charged: bool = False
@@ -148,13 +151,16 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Left:
-    """What a plan has still to give, the chunks it has given, the blocks in them (index by key), and who joins."""
+    """What a plan has still to give, the chunks it has given, the blocks in them (index by key), who joins, and the
+    blocks whose pages are taken into account for somebody.
+    """
 
     tokens: int
     pages: int
     chunks: dict[str, int] = field(default_factory=dict)
     blocks: dict[bytes, int] = field(default_factory=dict)
     joining: list[str] = field(default_factory=list)
+    counted: set[bytes] = field(default_factory=set)
 
 
 class Scheduler:
@@ -162,8 +168,9 @@ class Scheduler:
 
     A step: ask the draft for :meth:`decodes`; :meth:`plan`; take back the pages of those preempted; let those admitted
     adopt a cached prefix (:meth:`adopted`), or :meth:`hold` them while it loads; run the pass, of an adopted prefix
-    less; let those joining adopt what it computed (:meth:`adopted`); :meth:`computed` for each that ran; :meth:`remove`
-    what is over. A plan without work that preempted or admitted somebody is followed by another at once.
+    less; let those joining adopt what it computed (:meth:`adopted`); :meth:`computed` for each that ran, and
+    :meth:`published` for pages that others find now; :meth:`remove` what is over. A plan without work that preempted or
+    admitted somebody is followed by another at once.
 
     ``budget``: tokens a pass; ``chunk``: prefill tokens of one request a pass, of which the most senior gets up
     to a quarter of the budget whatever the decodes take; ``most``: requests that run at once, however much KV is
@@ -194,6 +201,8 @@ class Scheduler:
         self._entries: dict[str, _Entry] = {}
         # In order of admission, but that decodes which did not all fit a pass take turns.
         self._running: dict[str, _Entry] = {}
+        # Blocks whose pages running requests hold and others can adopt, and how many hold them.
+        self._shared: Counter[bytes] = Counter()
         self._levels: dict[int, _Level] = {}
         self._deadlines: list[_Key] = []
 
@@ -264,7 +273,7 @@ class Scheduler:
         if entry is None:
             return
         if entry.running:
-            del self._running[request_id]
+            self._stop(entry)
         elif not entry.held:
             entry.level.pull(entry)
         if entry.due is not None:
@@ -278,8 +287,7 @@ class Scheduler:
         """All KV is lost: whoever runs waits again, and is computed anew."""
         for entry in list(self._running.values()):
             if entry.held:
-                del self._running[entry.id]
-                entry.running, entry.computed = False, 0
+                self._stop(entry)
             else:
                 self._preempt(entry)
 
@@ -306,6 +314,18 @@ class Scheduler:
             raise EngineError(f"request {request_id} cannot have {tokens} of {known} tokens: {_state(entry)}")
         entry.share.counter += OUTPUT_WEIGHT * (known - entry.known)
         entry.computed, entry.known = tokens, known
+
+    def published(self, request_id: str, pages: int) -> None:
+        """While it runs it holds its first ``pages`` pages where others find them; who shares them needs none for them.
+
+        Raises:
+            EngineError: it is not running, or so many pages have no keys.
+        """
+        entry = self._entry(request_id)
+        if not entry.running or pages > len(entry.request.keys):
+            raise EngineError(f"request {request_id} cannot share {pages} pages: {_state(entry)}")
+        self._shared.update(entry.request.keys[entry.published : pages])
+        entry.published = max(entry.published, pages)
 
     def decodes(self) -> list[str]:
         """Who decodes in the next pass, but for deadlines and lack of pages: whom to get proposals for."""
@@ -357,11 +377,12 @@ class Scheduler:
         """Decodes that fit a pass, prefills, and the pages that all prefills, held ones too, need until their end."""
         decodes: list[_Entry] = []
         prefills: list[_Entry] = []
-        promised = 0
+        promised, counted = 0, set[bytes]()
         for entry in self._running.values():
             missing = entry.known - entry.computed
             if missing > 1:
-                promised += pages_for(entry.known) - pages_for(entry.computed)
+                promised += pages_for(entry.known) - max(pages_for(entry.computed), _leading(entry, counted))
+                counted.update(entry.request.keys)
                 if not entry.held:
                     prefills.append(entry)
             elif missing and not entry.held:
@@ -416,7 +437,7 @@ class Scheduler:
                 break
             level = max(levels, key=lambda level: (level.priority * self._aging - level.served, level.priority))
             entry = self._entries[level.head()]
-            pages = pages_for(entry.known)
+            pages = pages_for(entry.known) - max(_leading(entry, self._shared), _leading(entry, left.counted))
             if pages + spare > room:
                 break
             level.pull(entry)
@@ -430,16 +451,25 @@ class Scheduler:
                 left.joining.append(entry.id)
             else:
                 self._feed(entry, left)
-            # All of them, since it may adopt pages before it computes any.
+            # All that nobody holds yet, since it may adopt pages before it computes any.
+            left.counted.update(entry.request.keys)
             left.pages -= pages
             room -= pages
             admitted.append(entry.id)
         return admitted
 
     def _preempt(self, entry: _Entry) -> None:
-        del self._running[entry.id]
-        entry.running, entry.computed = False, 0
+        self._stop(entry)
         entry.level.push(entry, self._tick)
+
+    def _stop(self, entry: _Entry) -> None:
+        """It gives its pages back."""
+        del self._running[entry.id]
+        for key in entry.request.keys[: entry.published]:
+            self._shared[key] -= 1
+            if not self._shared[key]:
+                del self._shared[key]
+        entry.running, entry.computed, entry.published = False, 0, 0
 
     def _entry(self, request_id: str) -> _Entry:
         entry = self._entries.get(request_id)
@@ -473,6 +503,8 @@ class Scheduler:
             ),
             "tenants": all(share.members == members[share] for share in shares),
             "priorities": {level: level.members for level in self._levels.values()} == levels,
+            "shared pages": self._shared
+            == Counter(key for entry in entries for key in entry.request.keys[: entry.published]),
         }
         for what, holds in claims.items():
             if not holds:
@@ -495,6 +527,12 @@ def _joins(entry: _Entry, left: _Left) -> bool:
     keys, usable = entry.request.keys, (entry.known - 1) // PAGE_TOKENS
     first, end = entry.computed // PAGE_TOKENS, min(usable, len(keys))
     return first < end and any(first <= index < end and keys[index] == key for key, index in left.blocks.items())
+
+
+def _leading(entry: _Entry, blocks: Container[bytes]) -> int:
+    """How many of the pages that it could adopt are among these. Keys are chained: who has one has those before it."""
+    keys, usable = entry.request.keys, (entry.known - 1) // PAGE_TOKENS
+    return bisect_left(range(min(usable, len(keys))), True, key=lambda index: keys[index] not in blocks)
 
 
 def _grant(decodes: Sequence[_Entry], wanted: Sequence[int], left: _Left) -> dict[str, int]:

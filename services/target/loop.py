@@ -241,7 +241,7 @@ class TargetLoop:
             held = generation.sequence.length // PAGE_TOKENS
             keys = self._keys(generation.tenant, generation.tokens[:-1])
             blocks = await prefixes.fetch(generation.id, keys, held)
-            await self._in_thread(self._import, generation, blocks)
+            await self._in_thread(self._engine.load, generation, blocks)
             if isinstance(job, PrefillJob):
                 lacking = await self._in_thread(self._export, generation, job.lacking(held))
                 job.loaded(lacking, held, len(blocks))
@@ -258,12 +258,6 @@ class TargetLoop:
                 generation.cached = min(generation.sequence.length, job.prompt_tokens)
                 self._engine.scheduler.adopted(generation.id, generation.sequence.length)
             self._wake.set()
-
-    def _import(self, generation: Generation, blocks: list[bytes]) -> None:
-        for block in blocks:
-            # A deadline may have taken its sequence while the blocks were on their way.
-            if generation.sequence is not None:
-                generation.sequence.import_block(block)
 
     async def _reap(self) -> None:
         """Forget what is done: its blocks go to the store, its pages back, its end to the draft."""

@@ -247,6 +247,49 @@ def test_who_waits_for_anothers_block_goes_on_alone_when_that_one_leaves(model: 
     assert left.generated == alone.output(3)[:20]
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_pages_that_requests_share_are_counted_once(model: Model, together: bool) -> None:
+    """Twenty of 32 pages are everybody's: two requests that each had their own would not fit."""
+    engine, head = engine_of(model, 512), [number % 96 for number in range(320)]
+    for number in range(6):
+        prompt = [*head, number, number]
+        engine.submit(Generation(f"r{number}", prompt, 9, keys=keys_of(prompt)))
+        if not (together or number):
+            for _ in range(3):
+                step(engine)
+    step(engine)
+    assert engine.scheduler.running == 6
+    serve(engine, lambda *_: Draft())
+    assert engine.sharing.computed == 320 + 6 * 2
+
+
+def test_exported_blocks_are_loaded_once_and_shared_at_once(model: Model, alone: Alone) -> None:
+    donor = engine_of(model, 512)
+    first = generation(1, 1, keys=True)
+    donor.submit(first)
+    donor.run(donor.plan())
+    assert first.sequence is not None
+    blocks = [first.sequence.export_block(index) for index in range(3)]
+    engine = engine_of(model, 512)
+    for number in (1, 3):
+        engine.submit(generation(number, keys=True))
+    planned = engine.plan()
+    engine.settle(engine.run(planned, skip=["r1", "r3"]), {})
+    one, other = (planned.generations[name] for name in ("r1", "r3"))
+    free = engine.cache.free_tokens
+    engine.load(one, blocks)
+    assert engine.cache.free_tokens == free - 48
+    engine.load(other, blocks[:2])
+    assert engine.cache.free_tokens == free - 48
+    for each, length in ((one, 48), (other, 32)):
+        assert each.sequence is not None
+        assert each.sequence.length == length
+        engine.scheduler.adopted(each.id, length)
+    serve(engine, lambda *_: Draft())
+    assert one.generated == alone.output(1)[:20]
+    assert other.generated == alone.output(3)[:20]
+
+
 def test_who_was_held_adopts_what_others_have_computed_meanwhile(model: Model, alone: Alone) -> None:
     """As when its prefix was looked for in a store: it was admitted before the others' pages were there."""
     engine = engine_of(model, 512, chunk=16)

@@ -438,6 +438,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     refused(lambda: scheduler.adopted("a", 15), "cannot adopt 15 tokens")
     refused(lambda: scheduler.adopted("a", 48), "cannot adopt 48 tokens")
     scheduler.adopted("a", 32)
+    refused(lambda: scheduler.published("a", 1), "cannot share 1 pages")
     refused(lambda: scheduler.adopted("a", 16), "KV for 32 of 40")
     for tokens, known in ((16, 40), (41, 40), (40, 39), (50, 51)):
         refused(lambda tokens=tokens, known=known: scheduler.computed("a", tokens, known), "cannot have")  # type: ignore[misc]

@@ -7,6 +7,7 @@ accept is drawn. Every plan is checked from outside before it is run.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -64,11 +65,15 @@ class Cache:
 
 @dataclass
 class Sequence:
-    """What the engine knows of a request. ``submitted``, ``arrived``: plans made and calls before it came."""
+    """What the engine knows of a request. ``submitted``, ``arrived``: plans made and calls before it came; ``bad``: its
+    numbers are not finite, so that nobody gets its pages; ``published``: how many others find.
+    """
 
     request: Request
     submitted: int
     arrived: int
+    bad: bool = False
+    published: int = 0
     length: int = 0
     known: int = 0
     running: bool = False
@@ -141,7 +146,8 @@ class Engine:
             assert refusal.value.fits == (self.pages - whole(self.room)) * PAGE
             return
         self.call("submit", request)
-        self.sequences[request.id] = Sequence(request, self.plans, len(self.calls), known=request.prompt_tokens)
+        bad = self.lively and self.rng.random() < 0.05
+        self.sequences[request.id] = Sequence(request, self.plans, len(self.calls), bad, known=request.prompt_tokens)
 
     def hold(self, name: str) -> None:
         self.call("hold", name)
@@ -270,7 +276,21 @@ class Engine:
         ends = {name: self.sequences[name].length + 1 + count for name, count in plan.decodes.items()}
         ends |= {name: self.sequences[name].length + count for name, count in plan.prefills.items()}
         ends |= {name: self.sequences[name].known for name in plan.admitted}
-        return sum(whole(end) - whole(self.sequences[name].length) for name, end in ends.items())
+        needed = sum(whole(end) - whole(self.sequences[name].length) for name, end in ends.items())
+        admitted = list(plan.admitted)
+        return needed - sum(self.not_counted(name, admitted[:place]) for place, name in enumerate(admitted))
+
+    def not_counted(self, name: str, earlier: Iterable[str]) -> int:
+        """Pages that somebody holds, or that are counted for somebody who is admitted before it."""
+        keys = self.sequences[name].usable
+        counted = [self.sequences[other].request.keys for other in earlier]
+        return max([self.found(name)[0], *(common(keys, theirs) for theirs in counted)])
+
+    def found(self, name: str) -> tuple[int, str]:
+        """How many of the pages that it could adopt others hold, and who."""
+        keys = self.sequences[name].usable
+        others = {n: s.request.keys[: s.published] for n, s in self.sequences.items() if n != name}
+        return max(((common(keys, theirs), n) for n, theirs in others.items()), default=(0, ""))
 
     def execute(self, plan: Plan, free: int) -> None:
         """Runs the plan with the pages that were free when it was made, not those that come free meanwhile."""
@@ -278,7 +298,8 @@ class Engine:
         back: list[int] = []
         for name in plan.preempted:
             back += self.cache.cut(name, 0)
-            self.sequences[name].running, self.sequences[name].length = False, 0
+            sequence = self.sequences[name]
+            sequence.running, sequence.length, sequence.published = False, 0, 0
             self.preemptions += 1
         for name in plan.admitted:
             self.sequences[name].running = True
@@ -311,12 +332,22 @@ class Engine:
         """A cached prefix, shared with a running request of its tenant or brought in; or hold it as if one came."""
         sequence = self.sequences[name]
         pages = (sequence.known - 1) // PAGE
+        if sequence.request.keys:
+            assert not self.join(name)
+            pages = self.rng.randint(sequence.length // PAGE, max(len(sequence.usable), sequence.length // PAGE))
+            if self.lively and pages * PAGE > sequence.length:
+                # Pages that nobody held, but that were still there.
+                self.cache.grow(name, pages * PAGE)
+                self.take(name, pages)
+            if self.lively and self.rng.random() < 0.2:
+                self.hold(name)
+            return
         if not self.lively or not pages or self.rng.random() < 0.5:
             return
         donors = [
             n
             for n, s in self.sequences.items()
-            if n != name and s.length >= PAGE and s.request.tenant == sequence.request.tenant
+            if n != name and s.length >= PAGE and s.request.tenant == sequence.request.tenant and not s.request.keys
         ]
         if self.rng.random() < 0.3:
             self.hold(name)
@@ -332,16 +363,23 @@ class Engine:
         self.call("adopted", name, sequence.length)
 
     def join(self, name: str) -> list[int]:
-        """Takes over what others have of its blocks; now and then their numbers are bad, and it gets nothing."""
+        """Takes over what others have of its blocks, if that is more; the pages that came free by it."""
         sequence = self.sequences[name]
-        lengths = {donor: common(sequence.usable, s) for donor, s in self.sequences.items() if donor != name}
-        donor = max(lengths, key=lambda each: lengths[each])
-        if lengths[donor] * PAGE <= sequence.length or (self.lively and self.rng.random() < 0.1):
+        pages, donor = self.found(name)
+        # Pages of its own that are not in the index have none behind them there.
+        if pages * PAGE <= sequence.length or sequence.published * PAGE < sequence.length:
             return []
         self.joins += 1
-        sequence.length = lengths[donor] * PAGE
+        free = self.cache.share(name, donor, pages)
+        self.take(name, pages)
+        return free
+
+    def take(self, name: str, pages: int) -> None:
+        """It has adopted so many pages, which others find by it."""
+        sequence = self.sequences[name]
+        sequence.length, sequence.published = pages * PAGE, pages
         self.call("adopted", name, sequence.length)
-        return self.cache.share(name, donor, lengths[donor])
+        self.call("published", name, pages)
 
     def load(self, name: str) -> None:
         """A prefix that was waited for has come, as far as there is room."""
@@ -358,6 +396,10 @@ class Engine:
         sequence.known += tokens
         assert sequence.length <= sequence.known <= sequence.most
         self.call("computed", name, sequence.length, sequence.known)
+        pages = min(length // PAGE, len(sequence.request.keys))
+        if pages > sequence.published and not sequence.bad:
+            sequence.published = pages
+            self.call("published", name, pages)
         self.service[sequence.request.tenant] += 2 * tokens
         return self.cache.cut(name, length)
 
@@ -412,9 +454,8 @@ def renamed(plan: Plan, names: dict[str, str]) -> Plan:
     )
 
 
-def common(keys: tuple[bytes, ...], other: Sequence) -> int:
-    """How many of these blocks another has."""
-    theirs = other.request.keys[: other.length // PAGE]
+def common(keys: tuple[bytes, ...], theirs: Collection[bytes]) -> int:
+    """How many of these blocks another has, from the first."""
     return next((i for i, (a, b) in enumerate(zip(keys, theirs, strict=False)) if a != b), min(len(keys), len(theirs)))
 
 
