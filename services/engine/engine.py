@@ -226,7 +226,7 @@ class Engine:
                     self._publish(live[name])
         for name in step.plan.joining:
             if name in live and name not in skip:
-                adopted[name] = self._join(live[name])
+                self._join(live[name], adopted)
         published = {name: tokens // PAGE_TOKENS for name, tokens in adopted.items()}
         published |= {name: self._publishable(live[name]) for name in sound}
         computed = {name: work.sequence.length for name, work in works.items()}
@@ -352,16 +352,17 @@ class Engine:
             adopted[generation.id] = after
         return count - (after - before)
 
-    def _join(self, generation: Generation) -> int:
-        """Adopts what the pass has computed for others; how much it then has."""
+    def _join(self, generation: Generation, adopted: dict[str, int]) -> None:
+        """Adopts what the pass has computed for others."""
         sequence = generation.sequence
         if sequence is None:
-            return 0
+            return
         before = sequence.length
         after = self._extend(generation, sequence, len(generation.keys))
+        if after > before:
+            adopted[generation.id] = after
         self.sharing.waits += 1
         self.sharing.joined += after - before
-        return after
 
     def _extend(self, generation: Generation, sequence: CachedSequence, pages: int) -> int:
         """Adopts what there is behind its own pages, up to so many in all; how much it then has."""

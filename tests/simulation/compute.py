@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -30,8 +31,11 @@ def sample(prefix: Sequence[int], salt: str) -> int:
 
 @dataclass(eq=False)
 class _Sequence:
+    """``keys``: of its first pages, which others find."""
+
     cache: _Cache
     tokens: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -48,7 +52,8 @@ class _Cache:
 
     @property
     def free_tokens(self) -> int:
-        free = self.pages - sum(pages_for(each.length) for each in self.open)
+        own = sum(pages_for(each.length) - len(each.keys) for each in self.open)
+        free = self.pages - own - len({key for each in self.open for key in each.keys})
         assert free >= 0, "the scheduler promised pages that are not there"
         return free * PAGE_TOKENS
 
@@ -56,11 +61,16 @@ class _Cache:
         self.open.append(_Sequence(self))
         return self.open[-1]
 
-    def adopt(self, sequence: _Sequence, keys: object) -> int:
+    def adopt(self, sequence: _Sequence, keys: Sequence[bytes]) -> int:
+        """What is behind its own pages and another holds; nothing stays when nobody does."""
+        for other in self.open if len(sequence.keys) * PAGE_TOKENS == sequence.length else ():
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(other.keys, keys, strict=False))
+            sequence.keys = max(sequence.keys, [key for key, _ in same], key=len)
+            sequence.tokens += other.tokens[sequence.length : len(sequence.keys) * PAGE_TOKENS]
         return sequence.length
 
-    def publish(self, sequence: object, keys: object) -> None:
-        """Nothing is shared."""
+    def publish(self, sequence: _Sequence, keys: Sequence[bytes]) -> None:
+        sequence.keys = list(keys)
 
     def check_integrity(self) -> None:
         assert not self.open, "pages are left over"
