@@ -138,9 +138,19 @@ async def test_prompts_that_the_registry_does_not_know_of_yet_count_for_the_queu
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
+
+
+async def test_a_prompt_that_was_given_up_counts_no_more() -> None:
+    house = House([target("d", DECODE), target("p1", PREFILL), target("p2", PREFILL, tokens=150)], prefill=for_ever)
+    splitter = house.splitter()
+    running = asyncio.create_task(splitter.prefill(log()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
     house.prefill = at_once
     await splitter.prefill(log())
-    assert house.prefills[-1] == "p1", "what was cancelled still counts"
+    assert house.prefills == ["p1", "p1"]
 
 
 @pytest.mark.parametrize(
