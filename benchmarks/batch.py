@@ -1,4 +1,5 @@
-"""A batch whose prompts share nested prefixes: in the planned order and in the order of arrival, on one engine.
+"""A batch whose prompts share nested prefixes: in the planned order and in the order of arrival, on one engine, and
+through a whole stack, logs and receipts included.
 
 Both orders have the same lines, model and cache, which is too small for all prefixes, so that it evicts (LRU). Lines in
 the planned order come as `countersign batch` sends them: as many as fit the cache. An oracle computes each token of the
@@ -7,22 +8,32 @@ prefix tree once.
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from countersign.batch.admission import Admission
+from countersign.batch.folder import BatchFolder
+from countersign.batch.lines import Body, Line
 from countersign.batch.plan import Job, plan_batch
+from countersign.batch.runner import BatchRunner
 from countersign.cli.bench import Row
+from countersign.client import Client
 from countersign.services.engine.engine import Engine, Generation, kept_of
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, load_model
 from countersign.services.protocol.keys import chain_keys, root_key
 from countersign.services.runtime.config import load
+from countersign.services.runtime.supervisor import Supervisor
 
-LINES, QUICK_LINES, TURNS = 2000, 500, 3
+LINES, QUICK_LINES, TURNS = 2000, 300, 3
+STACK_LINES, QUICK_STACK_LINES, AT_ONCE = 500, 100, 128
 INSTRUCTIONS, DOCUMENTS = 5, 8
 INSTRUCTION_TOKENS, DOCUMENT_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = (60, 110), (120, 200), (8, 24), (2, 12)
 CACHE_TOKENS = 4096
@@ -51,7 +62,8 @@ async def run(quick: bool) -> list[Row]:
             (planned if ours else arrived).append(_serve(model, jobs, planned=ours))
     if any(served.answers != planned[0].answers for served in (*planned, *arrived)):
         raise AssertionError("the order of a batch changed its answers")
-    return _rows(jobs, planned, arrived)
+    through = await _through_a_stack(jobs[: QUICK_STACK_LINES if quick else STACK_LINES])
+    return [*_rows(jobs, planned, arrived), *through]
 
 
 def nested_jobs(lines: int) -> list[Job]:
@@ -150,3 +162,58 @@ def _rows(jobs: Sequence[Job], planned: Sequence[Served], arrived: Sequence[Serv
     seconds = time.perf_counter() - begin
     rows.append(Row("batch", case, f"planning: {len(plan.groups)} groups", seconds, "s", len(jobs)))
     return rows
+
+
+async def _through_a_stack(jobs: Sequence[Job]) -> list[Row]:
+    """The same by `countersign batch` and by as many clients as it may have, without the store of blocks, in turns."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    saved: dict[bool, list[float]] = {True: [], False: []}
+    tree = plan_batch(jobs).tree
+    for turn in range(2):
+        for ours in (True, False) if turn % 2 else (False, True):
+            with tempfile.TemporaryDirectory() as folder:
+                settings = [f"data_dir={folder}", "router.listen=127.0.0.1:0", "draft.enabled=false"]
+                settings += [f"target.cache_tokens={CACHE_TOKENS}", "target.kv_store=false"]
+                async with (
+                    Supervisor(load(None, os.environ, settings)) as stack,
+                    Client(stack.router_address) as client,
+                ):
+                    begin = time.perf_counter()
+                    cached = await (_batch(client, jobs, Path(folder) / "out") if ours else _clients(client, jobs))
+                    seconds[ours].append(time.perf_counter() - begin)
+                    saved[ours].append(cached / (tree.prompt_tokens - tree.distinct_tokens))
+    output = sum(job.max_tokens for job in jobs)
+    ratio = statistics.median(theirs / ours for ours, theirs in zip(seconds[True], seconds[False], strict=True))
+    case, n = f"{len(jobs)} lines through a whole stack, {AT_ONCE} at once", 2 * len(jobs)
+    name, peer = "prefill tokens saved of what an oracle saves, by the receipts", "order of arrival"
+    share, speed = statistics.median(saved[True]), output / statistics.median(seconds[True])
+    return [
+        Row("batch", case, f"{name}, planned", share, "share", n, ">= 0.9", share >= 0.9),
+        Row("batch", case, f"{name}, {peer}", statistics.median(saved[False]), "share", n),
+        Row("batch", case, "output tokens, planned", speed, "tokens/s", n, ">= 1.3x", ratio >= 1.3, peer, ratio),
+    ]
+
+
+async def _batch(client: Client, jobs: Sequence[Job], folder: Path) -> int:
+    """Prompt tokens whose KV was there."""
+    lines = [
+        Line(number, str(number), Body(list(job.token_ids), "", job.max_tokens, 0.0, ignore_eos=True))
+        for number, job in enumerate(jobs, start=1)
+    ]
+    with BatchFolder(folder, "benchmark") as out:
+        progress = await BatchRunner(client, out, most=AT_ONCE).run(lines)
+    if progress.completed < len(jobs):
+        raise AssertionError(f"{progress.failed} lines failed")
+    return progress.cached_prompt_tokens
+
+
+async def _clients(client: Client, jobs: Sequence[Job]) -> int:
+    """Prompt tokens whose KV was there."""
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one(job: Job) -> int:
+        async with gate:
+            answer = await client.complete(job.token_ids, max_tokens=job.max_tokens, ignore_eos=True)
+            return answer.usage.cached_prompt_tokens
+
+    return sum(await asyncio.gather(*(one(job) for job in jobs)))

@@ -215,11 +215,11 @@ def move(cache: PagedCache, config: ModelConfig, rotary: RotaryTable, sequence: 
     """Writes the piece's K, rotated to its new positions, and V into the sequence's slots, which must be reserved."""
     old, new = (np.arange(first, first + piece.length) for first in (piece.start, piece.at))
     source, target = _slots(piece.source, old), _slots(sequence, new)
-    cos, sin = turn(rotary, torch.from_numpy(old), torch.from_numpy(new))
+    cos, sin = (part.to(cache.pool.device) for part in turn(rotary, torch.from_numpy(old), torch.from_numpy(new)))
     for layer in range(config.layers):
         keys, values = cache.keys(layer), cache.values(layer)
         k = keys[source[0], :, :, source[1]]
-        first, second = k.double().to(k.device).chunk(2, dim=-1)
+        first, second = k.double().chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         keys[target[0], :, :, target[1]] = turned.to(k.dtype)
         values[target[0], :, target[1]] = values[source[0], :, source[1]]

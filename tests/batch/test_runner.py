@@ -153,12 +153,12 @@ async def test_an_answer_that_is_not_whole_or_has_no_receipt_is_an_error_of_its_
 async def test_what_is_in_flight_follows_from_the_routers_cache_and_from_the_limit(
     router: Router, tmp_path: Path
 ) -> None:
-    """A cache of 320 tokens: ten lines of two pages, one of them the prefix that all share."""
-    await run(router, tmp_path / "a", content([f"{number:02}" + "x" * 20 for number in range(30)]))
-    assert router.most == 10
+    """A cache of 20 pages: ten lines of two run, and as many wait there; of lines that share one of them, 39."""
+    await run(router, tmp_path / "a", content([f"{number:02}" + "x" * 20 for number in range(50)]))
+    assert router.most == 20
     router.most = 0
     await run(router, tmp_path / "b", content(["x" * 20 + f"{number:02}" for number in range(60)]))
-    assert router.most == 19
+    assert router.most == 39
     router.most = 0
     await run(router, tmp_path / "c", content([f"{number:02}" + "x" * 20 for number in range(30)]), most=4)
     assert router.most == 4

@@ -23,6 +23,9 @@ from countersign.services.runtime.errors import (
 
 _T = TypeVar("_T")
 
+# One cache full of lines runs, and one waits at the target, so that no pass waits for a line on its way.
+AHEAD = 2
+DEFAULT_TOKENS = 65_536
 TOKENIZED_AT_ONCE = 32
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
 _ENDED: dict[FinishReason, tuple[type[CountersignError], str, str]] = {
@@ -55,8 +58,9 @@ class Progress:
 
 
 class BatchRunner:
-    """``cache_tokens``: 0 for what the router says. ``most``: lines at once. ``timeout``: seconds a line, None for the
-    deployment's. ``patience``: seconds without any answer for which a router that is full or away is asked again.
+    """``cache_tokens``: of KV in flight, 0 for what follows from the target's. ``most``: lines at once. ``timeout``:
+    seconds a line, None for the deployment's. ``patience``: seconds without any answer for which a router that is full
+    or away is asked again.
     """
 
     def __init__(
@@ -96,7 +100,8 @@ class BatchRunner:
             return progress
         info = await self._patiently(self._client.info)
         self._models = [model.name for model in info.models]
-        tokens = self._cache_tokens or min((m.cache_tokens for m in info.models if m.cache_tokens), default=65_536)
+        known = [model.cache_tokens for model in info.models if model.cache_tokens]
+        tokens = self._cache_tokens or AHEAD * min(known, default=DEFAULT_TOKENS)
         lines, jobs = await self._tokenized(lines)
         plan = plan_batch(jobs)
         progress.groups = len(plan.groups)

@@ -33,7 +33,7 @@ def batch(
     ] = None,
     at_once: Annotated[int, typer.Option(help="The most lines in flight.", min=1)] = 128,
     cache_tokens: Annotated[
-        int, typer.Option(help="Tokens of KV that may be in flight; 0 for what the target has.", min=0)
+        int, typer.Option(help="Tokens of KV in flight; 0 for twice what the target has.", min=0)
     ] = 0,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which a line fails.")] = None,
     patience: Annotated[float, typer.Option(help="Seconds to wait for a router that is full or away.")] = 60.0,
