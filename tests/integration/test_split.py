@@ -13,6 +13,7 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from stacks import Running, start_stack, stop_stack
@@ -30,7 +31,9 @@ from countersign.v1.target_pb2 import SetRoleRequest, SetRoleResponse
 
 LENGTH = 48
 CHUNK = 16
-PREFILL = TargetRole.TARGET_ROLE_PREFILL
+PREFILL, DECODE = TargetRole.TARGET_ROLE_PREFILL, TargetRole.TARGET_ROLE_DECODE
+# After which every target has told anew what it has done.
+HEARTBEAT_S = 2.5
 
 
 def prompt(number: int, tokens: int = 1960) -> list[int]:
@@ -211,3 +214,39 @@ async def test_an_operator_can_have_a_target_do_something_else(stage: Stage) -> 
     assert answer.usage.cached_prompt_tokens == full_blocks(prompt(4))
     with pytest.raises(InvalidArgument, match="no role"):
         await have(TargetRole.TARGET_ROLE_UNSPECIFIED)
+
+
+async def test_an_overloaded_pool_has_a_target_of_the_other_compute_prompts_until_it_has_drained(
+    tmp_path: Path, stack: Running
+) -> None:
+    settings = ("target.role=decode", "target.processes=2", "target.prefill_processes=1")
+    running = start_stack(
+        tmp_path / "pools", *settings, "router.full_prompt_tokens=1500", f"target.prefill_chunk={CHUNK}"
+    )
+    bus = await Bus.connect(running.nats, "test")
+    async with Registry(bus) as registry:
+        stage = Stage(running, bus, registry)
+
+        async def by_role() -> dict[TargetRole.ValueType, int]:
+            """Blocks offered by targets of each role, once a heartbeat has told of all."""
+            await asyncio.sleep(HEARTBEAT_S)
+            found: dict[TargetRole.ValueType, int] = {}
+            for each in registry.live("target"):
+                found[each.role] = found.get(each.role, 0) + each.prefilled_blocks
+            return found
+
+        prompts = [prompt(number) for number in range(20, 26)]
+        split = await asyncio.gather(*(stage.answer(f"pools-{n}", each) for n, each in enumerate(prompts)))
+        overloaded = await by_role()
+        assert overloaded[PREFILL] > 0
+        assert overloaded[DECODE] > 0, "nobody was borrowed"
+        # One at a time overloads nobody, and gives back.
+        for number in range(3):
+            await stage.answer(f"drained-{number}", prompt(30 + number, 600))
+        drained = await by_role()
+        assert drained[DECODE] == overloaded[DECODE]
+        assert drained[PREFILL] > overloaded[PREFILL]
+    await bus.close()
+    assert stop_stack(running) == 0
+    whole = [await answered(stack.router, f"whole-pools-{n}", each, 0.0) for n, each in enumerate(prompts)]
+    assert [ids(answer) for answer in split] == [ids(answer) for answer in whole]
