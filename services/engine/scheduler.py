@@ -24,36 +24,22 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from types import MappingProxyType
 
 from countersign.services.engine.errors import EngineError, RequestTooLarge
+from countersign.services.engine.grants import Left, grant, joins, leading
+from countersign.services.engine.queues import PAGE_TOKENS, Entry, Key, Level, Request, Share, pages_for
 
-PAGE_TOKENS = 16
+__all__ = ["PAGE_TOKENS", "Plan", "Request", "Scheduler", "pages_for"]
+
 # What a token costs its tenant; an output token takes a pass of its own (Sheng et al., section 5).
 PROMPT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
 
-_Key = tuple[int, int, str]
-
 NO_PROPOSALS: Mapping[str, int] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the scheduler must know of a request. ``deadline`` in ms on the clock that gives ``now``; ``keys``: those of
-    its first full pages, chained, if its pages are shared.
-    """
-
-    id: str
-    tenant: str
-    priority: int
-    prompt_tokens: int
-    max_tokens: int
-    deadline: int | None = None
-    keys: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,94 +59,6 @@ class Plan:
     preempted: Sequence[str]
     expired: Sequence[str]
     joining: Sequence[str]
-
-
-@dataclass(slots=True, eq=False)
-class _Share:
-    """A tenant's part of one priority: its virtual counter, how many requests it has, the keys of those waiting."""
-
-    tenant: str
-    counter: int = 0
-    members: int = 0
-    queue: list[_Key] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Level:
-    """The requests of one priority. ``last``: the tenant whose queue was the last to become empty."""
-
-    priority: int
-    served: int
-    members: int = 0
-    shares: dict[str, _Share] = field(default_factory=dict)
-    waiting: dict[str, _Share] = field(default_factory=dict)
-    last: _Share | None = None
-
-    def push(self, entry: _Entry, tick: int) -> None:
-        """Let it wait."""
-        share = entry.share
-        if not share.queue:
-            if not self.waiting:
-                self.served = tick
-            self._lift(share)
-            self.waiting[share.tenant] = share
-        insort(share.queue, entry.key)
-
-    def pull(self, entry: _Entry) -> None:
-        """It waits no more."""
-        share = entry.share
-        del share.queue[bisect_left(share.queue, entry.key)]
-        if not share.queue:
-            del self.waiting[share.tenant]
-            self.last = share
-
-    def head(self) -> str:
-        """Who is admitted next."""
-        return min(self.waiting.values(), key=lambda share: (share.counter, share.queue[0])).queue[0][2]
-
-    def _lift(self, share: _Share) -> None:
-        """Time in which a tenant wanted nothing is not saved up; a tenant that would be lifted anyhow is forgotten."""
-        idle = self.last.counter if self.last is not None else 0
-        floor = min((other.counter for other in self.waiting.values()), default=idle)
-        share.counter = max(share.counter, floor)
-        for other in [other for other in self.shares.values() if not other.members and other.counter <= floor]:
-            del self.shares[other.tenant]
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A request's state. ``key``: its place in its tenant's queue (urgency, arrival, id); ``due``: the same of its
-    deadline; ``senior``: sorts the most senior first (aged priority, priority, arrival); ``published``: of how many of
-    its first pages others know.
-    """
-
-    request: Request
-    id: str
-    level: _Level
-    share: _Share
-    key: _Key
-    due: _Key | None
-    senior: tuple[int, int, int]
-    known: int
-    computed: int = 0
-    published: int = 0
-    running: bool = False
-    held: bool = False
-    charged: bool = False
-
-
-@dataclass(slots=True)
-class _Left:
-    """What a plan has still to give, the chunks it has given, the blocks in them (index by key), who joins, and the
-    blocks whose pages are taken into account for somebody.
-    """
-
-    tokens: int
-    pages: int
-    chunks: dict[str, int] = field(default_factory=dict)
-    blocks: dict[bytes, int] = field(default_factory=dict)
-    joining: list[str] = field(default_factory=list)
-    counted: set[bytes] = field(default_factory=set)
 
 
 class Scheduler:
@@ -198,13 +96,13 @@ class Scheduler:
         self._aging = aging
         self._patience = patience
         self._tick = self._now = self._arrivals = 0
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         # In order of admission, but that decodes which did not all fit a pass take turns.
-        self._running: dict[str, _Entry] = {}
+        self._running: dict[str, Entry] = {}
         # Blocks whose pages running requests hold and others can adopt, and how many hold them.
         self._shared: Counter[bytes] = Counter()
-        self._levels: dict[int, _Level] = {}
-        self._deadlines: list[_Key] = []
+        self._levels: dict[int, Level] = {}
+        self._deadlines: list[Key] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -236,8 +134,8 @@ class Scheduler:
             raise RequestTooLarge(tokens, self.fits)
         if request.id in self._entries:
             raise EngineError(f"request {request.id} is scheduled already; submit it under another id or remove it")
-        level = self._levels.setdefault(request.priority, _Level(request.priority, self._tick))
-        share = level.shares.setdefault(request.tenant, _Share(request.tenant))
+        level = self._levels.setdefault(request.priority, Level(request.priority, self._tick))
+        share = level.shares.setdefault(request.tenant, Share(request.tenant))
         self._arrivals += 1
         urgency = self._now + self._patience
         due = None
@@ -247,7 +145,7 @@ class Scheduler:
             urgency = min(urgency, request.deadline)
         key = (urgency, self._arrivals, request.id)
         senior = (self._tick // self._aging - request.priority, -request.priority, self._arrivals)
-        entry = _Entry(request, request.id, level, share, key, due, senior, known=request.prompt_tokens)
+        entry = Entry(request, request.id, level, share, key, due, senior, known=request.prompt_tokens)
         self._entries[request.id] = entry
         level.members += 1
         share.members += 1
@@ -352,16 +250,16 @@ class Scheduler:
             for entry in decodes:
                 self._running[entry.id] = self._running.pop(entry.id)
         wanted = [min(proposals.get(entry.id, 0), self._room) for entry in decodes] if proposals else []
-        left = _Left(self._budget - len(decodes) - sum(wanted), pages)
+        left = Left(self._budget - len(decodes) - sum(wanted), pages)
         for entry in prefills:
-            if _joins(entry, left):
+            if joins(entry, left):
                 left.joining.append(entry.id)
             elif left.tokens > 0 or not left.chunks:
                 count = self._feed(entry, left)
                 left.pages -= pages_for(entry.computed + count) - pages_for(entry.computed)
         admitted = [] if stalled else self._admit(left, pages - promised)
         left.tokens = self._budget - len(decodes) - sum(left.chunks.values())
-        granted = _grant(decodes, wanted, left) if any(wanted) else dict.fromkeys([e.id for e in decodes], 0)
+        granted = grant(decodes, wanted, left) if any(wanted) else dict.fromkeys([e.id for e in decodes], 0)
         for entry in victims:
             self._preempt(entry)
         return Plan(granted, left.chunks, admitted, [entry.id for entry in victims], expired, left.joining)
@@ -373,15 +271,15 @@ class Scheduler:
             self.remove(expired[-1])
         return expired
 
-    def _ready(self) -> tuple[list[_Entry], list[_Entry], int]:
+    def _ready(self) -> tuple[list[Entry], list[Entry], int]:
         """Decodes that fit a pass, prefills, and the pages that all prefills, held ones too, need until their end."""
-        decodes: list[_Entry] = []
-        prefills: list[_Entry] = []
+        decodes: list[Entry] = []
+        prefills: list[Entry] = []
         promised, counted = 0, set[bytes]()
         for entry in self._running.values():
             missing = entry.known - entry.computed
             if missing > 1:
-                promised += pages_for(entry.known) - max(pages_for(entry.computed), _leading(entry, counted))
+                promised += pages_for(entry.known) - max(pages_for(entry.computed), leading(entry, counted))
                 counted.update(entry.request.keys)
                 if not entry.held:
                     prefills.append(entry)
@@ -392,18 +290,18 @@ class Scheduler:
             most -= self._share
         return decodes[:most], prefills, promised
 
-    def _short(self, needy: list[_Entry], free: int) -> tuple[list[_Entry], list[_Entry]]:
+    def _short(self, needy: list[Entry], free: int) -> tuple[list[Entry], list[Entry]]:
         """Who of those that need a page stalls in this pass, and who is preempted so that the next has enough."""
         ready = [entry for entry in self._running.values() if not entry.held]
         first = min(ready, key=_seniority)
 
-        def standing(entry: _Entry) -> tuple[bool, int, int, int, int]:
+        def standing(entry: Entry) -> tuple[bool, int, int, int, int]:
             priority, plain, arrival = entry.senior
             return (entry is not first, priority, plain, entry.share.counter, arrival)
 
         stalled = sorted(needy, key=standing)[free:]
         short = len(stalled)
-        victims: list[_Entry] = []
+        victims: list[Entry] = []
         for entry in sorted(ready, key=standing, reverse=True):
             if short <= 0 or entry is stalled[0]:
                 break
@@ -412,7 +310,7 @@ class Scheduler:
                 short -= pages_for(entry.computed) + (entry in stalled)
         return stalled, victims
 
-    def _feed(self, entry: _Entry, left: _Left) -> int:
+    def _feed(self, entry: Entry, left: Left) -> int:
         """Gives a prefill its chunk, as far as tokens and pages go."""
         tokens = left.tokens if left.chunks else max(left.tokens, self._share)
         slots = -entry.computed % PAGE_TOKENS + left.pages * PAGE_TOKENS
@@ -427,7 +325,7 @@ class Scheduler:
             left.blocks |= {keys[i]: i for i in range(first, min(pages_for(entry.computed + count), len(keys)))}
         return count
 
-    def _admit(self, left: _Left, room: int) -> list[str]:
+    def _admit(self, left: Left, room: int) -> list[str]:
         """Admits who comes next while ``room`` pages hold all that it knows and one page more for each that runs."""
         admitted: list[str] = []
         while (left.tokens > 0 or not left.chunks) and len(self._running) < self._most:
@@ -437,7 +335,7 @@ class Scheduler:
                 break
             level = max(levels, key=lambda level: (level.priority * self._aging - level.served, level.priority))
             entry = self._entries[level.head()]
-            pages = pages_for(entry.known) - max(_leading(entry, self._shared), _leading(entry, left.counted))
+            pages = pages_for(entry.known) - max(leading(entry, self._shared), leading(entry, left.counted))
             if pages + spare > room:
                 break
             level.pull(entry)
@@ -447,7 +345,7 @@ class Scheduler:
             if not entry.charged:
                 entry.share.counter += PROMPT_WEIGHT * entry.request.prompt_tokens
                 entry.charged = True
-            if _joins(entry, left):
+            if joins(entry, left):
                 left.joining.append(entry.id)
             else:
                 self._feed(entry, left)
@@ -458,11 +356,11 @@ class Scheduler:
             admitted.append(entry.id)
         return admitted
 
-    def _preempt(self, entry: _Entry) -> None:
+    def _preempt(self, entry: Entry) -> None:
         self._stop(entry)
         entry.level.push(entry, self._tick)
 
-    def _stop(self, entry: _Entry) -> None:
+    def _stop(self, entry: Entry) -> None:
         """It gives its pages back."""
         del self._running[entry.id]
         for key in entry.request.keys[: entry.published]:
@@ -471,7 +369,7 @@ class Scheduler:
                 del self._shared[key]
         entry.running, entry.computed, entry.published = False, 0, 0
 
-    def _entry(self, request_id: str) -> _Entry:
+    def _entry(self, request_id: str) -> Entry:
         entry = self._entries.get(request_id)
         if entry is None:
             raise EngineError(
@@ -485,7 +383,7 @@ class Scheduler:
         """
         entries = self._entries.values()
         shares = [share for level in self._levels.values() for share in level.shares.values()]
-        waiting: dict[_Share, list[_Key]] = {share: [] for share in shares}
+        waiting: dict[Share, list[Key]] = {share: [] for share in shares}
         for entry in entries:
             if not (entry.running or entry.held):
                 waiting[entry.share].append(entry.key)
@@ -511,57 +409,9 @@ class Scheduler:
                 raise EngineError(f"the scheduler's {what} are not what its requests say")
 
 
-def pages_for(tokens: int) -> int:
-    """Pages that hold so many tokens."""
-    return -(-tokens // PAGE_TOKENS)
-
-
 _seniority = attrgetter("senior")
 
 
-def _joins(entry: _Entry, left: _Left) -> bool:
-    """Whether this pass computes for another the block it needs next, or a later one: those before that exist then."""
-    # Behind half a page of its own it could not adopt. The last known token is always fed.
-    if entry.computed % PAGE_TOKENS:
-        return False
-    keys, usable = entry.request.keys, (entry.known - 1) // PAGE_TOKENS
-    first, end = entry.computed // PAGE_TOKENS, min(usable, len(keys))
-    return first < end and any(first <= index < end and keys[index] == key for key, index in left.blocks.items())
-
-
-def _leading(entry: _Entry, blocks: Container[bytes]) -> int:
-    """How many of the pages that it could adopt are among these. Keys are chained: who has one has those before it."""
-    keys, usable = entry.request.keys, (entry.known - 1) // PAGE_TOKENS
-    return bisect_left(range(min(usable, len(keys))), True, key=lambda index: keys[index] not in blocks)
-
-
-def _grant(decodes: Sequence[_Entry], wanted: Sequence[int], left: _Left) -> dict[str, int]:
-    """How many proposals each decode may use: cut evenly where tokens are short, for the last where pages are."""
-    even, more = _even(wanted, left.tokens)
-    granted = {}
-    for entry, want in zip(decodes, wanted, strict=True):
-        count = min(want, even)
-        if want > even and more:
-            count, more = count + 1, more - 1
-        slots = -(entry.computed + 1) % PAGE_TOKENS
-        if count > slots:
-            pages = min(pages_for(count - slots), left.pages)
-            left.pages -= pages
-            count = min(count, slots + pages * PAGE_TOKENS)
-        granted[entry.id] = count
-    return granted
-
-
-def _even(wanted: Sequence[int], tokens: int) -> tuple[int, int]:
-    """The most that everybody may have, and how many of those who want more get one more."""
-    for index, want in enumerate(sorted(wanted)):
-        others = len(wanted) - index
-        if want * others > tokens:
-            return divmod(tokens, others)
-        tokens -= want
-    return max(wanted), 0
-
-
-def _state(entry: _Entry) -> str:
+def _state(entry: Entry) -> str:
     state = "running" if entry.running else "waiting"
     return f"it is {state}, with KV for {entry.computed} of {entry.known} tokens"
