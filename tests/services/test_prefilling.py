@@ -243,7 +243,7 @@ async def test_a_prefill_that_cannot_end_well_ends_with_the_reason_and_leaves_no
         store.gate.set()
         store.on_part = lambda: None
         await prefilled(here, job(model))
-        here.engine.check()
+        await here.loop._in_thread(here.engine.check)
 
 
 async def test_a_cancelled_prefill_leaves_nothing_and_may_be_asked_for_again(
@@ -258,4 +258,4 @@ async def test_a_cancelled_prefill_leaves_nothing_and_may_be_asked_for_again(
         assert here.loop.prefills == 0
         await prefilled(here, job(model))
         assert store.blocks == blocks
-        here.engine.check()
+        await here.loop._in_thread(here.engine.check)
