@@ -115,5 +115,5 @@ class Peers:
 
     def _channel(self, address: str) -> Channel:
         if address not in self._channels:
-            self._channels[address] = Channel(address)
+            self._channels[address] = Channel(address, bulk=True)
         return self._channels[address]

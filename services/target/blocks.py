@@ -50,7 +50,7 @@ class StoreLink:
     """One store, by its address and the name of its socket. Every call raises what `Channel` does."""
 
     def __init__(self, address: str, socket: str, staging: Staging | None, log: logging.Logger) -> None:
-        self._channel = Channel(address)
+        self._channel = Channel(address, bulk=True)
         self._socket = socket
         self._staging = staging
         self._log = log

@@ -482,7 +482,7 @@ class GetRequest(_message.Message):
     """From Lookup."""
     part_bytes: _builtins.int
     """Bytes of a part: first the first part of every block, then the second of every block, and so on; such as one layer's.
-    0: whole blocks, cut where a message would be too long.
+    0: whole blocks.
     """
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
