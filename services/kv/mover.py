@@ -7,11 +7,13 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 from countersign.services.kv.arena import Arena
 from countersign.services.kv.disk import Disk
 from countersign.services.protocol.cache import Block, BlockCache, Copy, Stored, Tier
+from countersign.services.runtime.background import Background
 
 # Bytes of one transaction, and of one read that is brought into RAM.
 BATCH_BYTES = 16 << 20
@@ -35,6 +37,7 @@ class Mover:
         self._clock = clock
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
         self._to_spill: deque[bytes] = deque()
+        self._background = Background()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -72,23 +75,39 @@ class Mover:
         """Until everything that is sealed now is on disk, or found no room there."""
         await self._idle.wait()
 
-    async def promote(self, keys: Sequence[bytes]) -> None:
-        """Brings blocks that lie on disk only into RAM, as far as there is room; damaged ones are condemned."""
+    async def promote(self, keys: Sequence[bytes], wait: float) -> None:
+        """Brings blocks that lie on disk only into RAM, as far as there is room; damaged ones are condemned.
+
+        Returns after ``wait`` seconds at the latest; the rest comes all the same, also when the caller is cancelled.
+        """
+        done = asyncio.Event()
+        self._background.spawn(self._promote(keys, done))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(done.wait(), wait)
+
+    async def _promote(self, keys: Sequence[bytes], done: asyncio.Event) -> None:
         waiting = deque(keys)
-        while waiting:
-            moving: list[tuple[int, Stored]] = []
-            size = 0
-            while waiting and size < BATCH_BYTES:
-                block = self._cache.promote(waiting.popleft(), now=self._clock())
-                self._settle()
-                if block is not None:
-                    self._arena.take(block.slot, block.size)
-                    moving.append((block.slot, entry_of(block)))
-                    size += block.size
-            if moving:
+        try:
+            while waiting:
+                moving = self._begin(waiting)
                 data = await self._on_disk(self._read_all, [entry for _, entry in moving])
                 for (slot, entry), block_data in zip(moving, data, strict=True):
                     self._promoted(entry, slot, block_data)
+        finally:
+            done.set()
+
+    def _begin(self, waiting: deque[bytes]) -> list[tuple[int, Stored]]:
+        """Takes room for the next few; their slots."""
+        moving: list[tuple[int, Stored]] = []
+        size = 0
+        while waiting and size < BATCH_BYTES:
+            block = self._cache.promote(waiting.popleft(), now=self._clock())
+            self._settle()
+            if block is not None:
+                self._arena.take(block.slot, block.size)
+                moving.append((block.slot, entry_of(block)))
+                size += block.size
+        return moving
 
     async def read(self, block: Block) -> bytes | None:
         """A block's bytes from disk; None when they are damaged, and the block is condemned then."""
@@ -100,6 +119,7 @@ class Mover:
 
     async def close(self) -> None:
         """Ends the thread, its jobs done."""
+        await self._background.drain()
         await self._on_disk(self._disk.close)
         self._thread.shutdown(wait=True)
 

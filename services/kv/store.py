@@ -25,6 +25,8 @@ from countersign.services.protocol.cache import (
 from countersign.services.protocol.errors import CacheError, NotLeased, NotPinned, NotSealable
 from countersign.services.runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
 
+# How long a look-up waits for the disk. What is not in RAM by then can be read all the same.
+BRING_S = 0.2
 POLICIES: dict[str, Callable[[], Policy]] = {"cost": Cost, "lru": Recency}
 
 
@@ -110,12 +112,12 @@ class BlockStore:
         return self.cache.lookup(keys, holder, now=self._clock(), ttl=ttl)
 
     async def bring(self, keys: Sequence[bytes], pin: int) -> list[Block]:
-        """The blocks of pinned ``keys``, in RAM where there is room; fewer when one was damaged."""
+        """The blocks of pinned ``keys``, in RAM as far as room and time allow; fewer when one was damaged."""
         blocks = self.readable(keys, pin)
         away = [block.key for block in blocks if not in_ram(block)]
         if not away or self._mover is None:
             return blocks
-        await self._mover.promote(away)
+        await self._mover.promote(away, BRING_S)
         return self.readable(keys, pin)
 
     def readable(self, keys: Sequence[bytes], pin: int) -> list[Block]:

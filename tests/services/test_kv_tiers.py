@@ -7,6 +7,7 @@ import itertools
 import logging
 import random
 import socket
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -18,12 +19,13 @@ from hypothesis import strategies as st
 from kv_client import SIZE, data_of
 
 from countersign.services.kv import disk, peers
+from countersign.services.kv import store as kv_store
 from countersign.services.kv.arena import PAGE, Arena
 from countersign.services.kv.disk import Disk
 from countersign.services.kv.peers import Peers
 from countersign.services.kv.service import KvService
 from countersign.services.kv.store import BlockStore, Place
-from countersign.services.protocol.cache import Recency, Stored, Tier
+from countersign.services.protocol.cache import Copy, Recency, Stored, Tier
 from countersign.services.protocol.checksum import checksum
 from countersign.services.protocol.keys import chain_keys, root_key
 from countersign.services.runtime.errors import CountersignError, FailedPrecondition
@@ -379,6 +381,36 @@ async def test_blocks_that_were_damaged_on_disk_go_with_all_below_and_the_rest_i
     fill(again, 2, 4)
     await spilled(again)
     assert await read_all(again, 4) == [data_of(key) for key in KEYS[:4]]
+    again.check_integrity()
+    await again.close()
+
+
+@pytest.mark.parametrize("given_up", ["by the caller", "after a while"])
+async def test_a_look_up_that_is_given_up_leaves_no_block_half_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_up: str
+) -> None:
+    store = store_over(tmp_path)
+    fill(store, 0, 4)
+    await spilled(store)
+    await store.close()
+    again = store_over(tmp_path)
+    await again.start()
+    go, mover = threading.Event(), again._mover
+    assert mover is not None
+    mover._thread.submit(go.wait)  # the disk is slow
+    monkeypatch.setattr(kv_store, "BRING_S", 0.01 if given_up == "after a while" else 60.0)
+    found = again.lookup(KEYS[:4], "r", ttl=60)
+    looking = asyncio.create_task(again.bring(KEYS[:4], found.pin))
+    await asyncio.sleep(0)
+    if given_up == "by the caller":
+        looking.cancel()
+    done, _ = await asyncio.wait({looking}, timeout=10)
+    assert done
+    assert again.cache.promote(KEYS[0], now=0) is None, "it is on its way"
+    go.set()
+    await mover._background.drain()
+    assert again.cache.room(Tier.RAM) == 4 * PAGE
+    assert all(block.copies == [Copy.WHOLE, Copy.WHOLE] for block in again.cache.sealed())
     again.check_integrity()
     await again.close()
 
