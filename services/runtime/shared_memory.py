@@ -47,8 +47,8 @@ class Memory:
 
     def close(self) -> None:
         """Unmaps it; others keep it while they have it mapped."""
-        self.view.release()
         with suppress(BufferError):  # a part is still being read: the map goes with it
+            self.view.release()
             self._map.close()
         os.close(self.fd)
 
@@ -72,8 +72,8 @@ class ForeignMemory:
         self.view = memoryview(self._map)
 
     def close(self) -> None:
-        self.view.release()
         with suppress(BufferError):
+            self.view.release()
             self._map.close()
 
 

@@ -60,12 +60,16 @@ class StoreLink:
         self.shared = 0  # blocks that came through shared memory, and by gRPC
         self.sent = 0
 
+    @property
+    def dead(self) -> bool:
+        """The store ended the session, as its death does."""
+        return self._memory is not None and not self._memory.alive
+
     async def memory(self) -> MemoryClient | None:
         """The store's memory; None when it is not on this host. Asked once, and again after the store ended it."""
         async with self._connecting:
-            if self._memory is not None and not self._memory.alive:
-                self._memory.close()
-                self._memory = None
+            if self.dead:
+                self.let_go()
             if self._memory is None and not self._apart and self._staging is not None:
                 try:
                     self._memory = await MemoryClient.connect(self._socket, self._staging.memory, _CONNECT_S)
@@ -90,9 +94,14 @@ class StoreLink:
         reply = await self._channel.put_stream(f"{_SERVICE}/Put", parts, PutResponse, timeout=DATA_TIMEOUT_S)
         return reply.sealed
 
-    async def close(self) -> None:
+    def let_go(self) -> None:
+        """Keeps nothing of the store's memory."""
         if self._memory is not None:
             self._memory.close()
+            self._memory = None
+
+    async def close(self) -> None:
+        self.let_go()
         await self._channel.close()
 
     async def _get(self, keys: Sequence[bytes], pin: int) -> list[bytes]:
@@ -118,10 +127,16 @@ class StoreLink:
 
 
 def _copy_all(view: memoryview, found: LookupResponse) -> list[bytes]:
-    """Copies out of the arena, each compared with its checksum afterwards: until then its room may become another's."""
+    """Copies out of the arena, each compared with its checksum afterwards: until then its room may become another's.
+
+    What was let go meanwhile gives no more.
+    """
     blocks: list[bytes] = []
     for place in found.places:
-        data = b"".join(view[run.offset : run.offset + run.length] for run in place.runs)
+        try:
+            data = b"".join(view[run.offset : run.offset + run.length] for run in place.runs)
+        except ValueError:
+            break
         if not data or checksum([data]) != place.checksum:
             break
         blocks.append(data)

@@ -30,6 +30,8 @@ from countersign.v1.kv_pb2 import (
 CALL_TIMEOUT_S = 0.5
 TTL_MS = 30_000
 MAX_KEYS = 512
+# Stores that died, to which calls may still be under way.
+MAX_RETIRED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,8 @@ class Prefixes:
         size = wire.size(block_bytes) if wire is not None else block_bytes
         self._kind = BlockKind(weights_sha256=keys.weights, cache_format=keys.cache_format, size=size)
         self._staging = Staging() if share_memory else None
-        self._links: dict[str, StoreLink] = {}
+        self._links: dict[tuple[str, str], StoreLink] = {}
+        self._retired: list[StoreLink] = []
 
     @property
     def resting(self) -> bool:
@@ -99,7 +102,8 @@ class Prefixes:
             try:
                 blocks: list[bytes] = []
                 if found.found > first:
-                    blocks = await self._link(found.address, found.socket).read(keys[first : found.found], found)
+                    link = await self._link(found.address, found.socket)
+                    blocks = await link.read(keys[first : found.found], found)
             finally:
                 await self._release([found.pin])
         except CountersignError as error:
@@ -150,7 +154,7 @@ class Prefixes:
                 await self._give_back(leases)
 
     async def close(self) -> None:
-        for link in self._links.values():
+        for link in (*self._links.values(), *self._retired):
             await link.close()
         if self._staging is not None:
             self._staging.close()
@@ -168,7 +172,7 @@ class Prefixes:
         self._backoff.answered()
         granted = [(i, ids[i].key, grant.lease) for i, grant in enumerate(reserved.grants) if grant.lease]
         if granted:
-            link = self._link(reserved.address, reserved.socket)
+            link = await self._link(reserved.address, reserved.socket)
             await put.begin(link, self._staging, granted, self._kind.size)
         return [lease for _, _, lease in granted]
 
@@ -182,7 +186,14 @@ class Prefixes:
             request = ReleaseRequest(numbers=numbers)
             await self._bus.call("kv", "Release", request, ReleaseResponse, timeout=CALL_TIMEOUT_S)
 
-    def _link(self, address: str, socket: str) -> StoreLink:
-        if address not in self._links:
-            self._links[address] = StoreLink(address, socket, self._staging, self._log)
-        return self._links[address]
+    async def _link(self, address: str, socket: str) -> StoreLink:
+        """The store there. One that has died is let go, so that nothing keeps its memory."""
+        for name, link in list(self._links.items()):
+            if link.dead:
+                link.let_go()
+                self._retired.append(self._links.pop(name))
+        while len(self._retired) > MAX_RETIRED:
+            await self._retired.pop(0).close()
+        if (address, socket) not in self._links:
+            self._links[address, socket] = StoreLink(address, socket, self._staging, self._log)
+        return self._links[address, socket]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -30,6 +31,7 @@ LOG = logging.getLogger("test")
 
 @dataclass
 class House:
+    kv: KvService
     store: BlockStore
     memory: MemoryServer
     bus: GrpcBus
@@ -54,7 +56,7 @@ async def house() -> AsyncIterator[House]:
     kv = KvService(store, lambda: address, memory)
     server.add(kv)
     address = await server.start()
-    made = House(store, memory, GrpcBus(Channel(address)))
+    made = House(kv, store, memory, GrpcBus(Channel(address)))
     yield made
     for client in made.clients:
         await client.close()
@@ -176,6 +178,23 @@ async def test_a_store_that_ended_the_session_is_connected_to_again(house: House
     await target.store("r", CHAIN, BLOCKS[:2], 0)
     assert (await link(target).memory()).session != first
     assert await target.fetch("r", CHAIN, 0) == BLOCKS[:2]
+
+
+def mapped() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:countersign-kv")
+
+
+async def test_the_memory_of_a_store_that_died_is_let_go(house: House) -> None:
+    target = house.target()
+    before = mapped()
+    await target.store("r", CHAIN, BLOCKS[:1], 0)
+    assert mapped() == before + 1
+    await house.memory.stop()
+    house.kv._memory = house.memory = MemoryServer("kv-test-again", house.store.arena.memory, house.store.draw)
+    house.memory.start()
+    assert await target.fetch("r", CHAIN, 0) == BLOCKS[:1]
+    assert link(target).shared == 1, "it is shared with the one that is there now"
+    assert mapped() == before + 1
 
 
 async def test_the_arena_cannot_be_written_by_who_reads_it(house: House) -> None:
