@@ -17,6 +17,9 @@ from countersign.verify.spec.story import tell
 AT_ONCE = 2
 """TLC processes side by side, of one thread each, so that depths come out the same."""
 
+FEW, MANY = 20_000, 100_000
+"""Models of fewer states are gone through in brief runs; those where one state is looked for, of so many more."""
+
 Run = Callable[[tlc.Progress | None], tlc.Outcome]
 
 
@@ -159,14 +162,17 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _whole(one: Configuration) -> Run:
-    return lambda progress: tlc.check(one.module, one.cfg.text(), simulate=one.simulate, progress=progress)
+    brief = one.states < FEW and one.simulate is None
+    return lambda progress: tlc.check(one.module, one.cfg.text(), simulate=one.simulate, brief=brief, progress=progress)
 
 
 def _single(one: Configuration, name: str, kind: str = SECTIONS[0]) -> Run:
     text = one.cfg.text((name,), default=kind)
-    return lambda progress: tlc.check(one.module, text, simulate=one.simulate, progress=progress)
+    brief = one.states < MANY and one.simulate is None
+    return lambda progress: tlc.check(one.module, text, simulate=one.simulate, brief=brief, progress=progress)
 
 
 def _mutated(mutant: Mutant, *names: str) -> Run:
     text = mutant.base.cfg.text(names or None, mutant.replace)
-    return lambda progress: tlc.check(mutant.module, text, progress=progress)
+    brief = mutant.base.states < MANY
+    return lambda progress: tlc.check(mutant.module, text, brief=brief, progress=progress)

@@ -49,6 +49,7 @@ def explain(trace: Trace, *, seconds: float) -> Verdict:
         specifications() / trace.spec / f"{trace.module}.tla",
         trace.configuration,
         beside=[("TraceData.tla", _module(trace))],
+        brief=True,
         timeout=seconds,
     )
     total = len(trace.lines)

@@ -69,6 +69,7 @@ def check(
     heap_mb: int = 1500,
     timeout: float = 3600,
     simulate: tuple[int, int, int] | None = None,
+    brief: bool = False,
     beside: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
 ) -> Outcome:
@@ -81,6 +82,7 @@ def check(
         heap_mb: of the Java heap.
         timeout: seconds after which it is ended.
         simulate: (behaviours, their length, seed): random ones instead of all states.
+        brief: some thousand states: half the processor time for Java's compiler not to do its best.
         beside: (file name, text) of further modules.
         progress: is told the number of states from time to time.
 
@@ -98,7 +100,7 @@ def check(
             behaviours, length, seed = simulate
             options += ["-simulate", f"num={behaviours}", "-depth", str(length), "-seed", str(seed)]
         java = [
-            "-XX:+UseParallelGC",
+            "-XX:TieredStopAtLevel=1" if brief else "-XX:+UseParallelGC",
             "-Xss64m",
             f"-Xmx{heap_mb}m",
             f"-Djava.io.tmpdir={folder}",
