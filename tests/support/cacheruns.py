@@ -158,6 +158,11 @@ def _altered(run: CacheRun, index: int) -> Iterator[Corruption]:
     if told.action == "Lookup" and len(told.keys) > 1:
         others["without its first block"] = {"keys": told.keys[1:], "generations": told.generations[1:]}
     yield from ((what, changed(run, index, **fields)) for what, fields in others.items())
+    if told.action == "Expire" and told.pin:
+        yield (
+            "before its time",
+            replace(run, steps=(*run.steps[:index], replace(step, now=-1), *run.steps[index + 1 :])),
+        )
     if step.kept:
         yield "of another generation", _restored_otherwise(run, index)
 
@@ -167,7 +172,7 @@ def _needed(step: Step, before: Step | None, later: Sequence[Step]) -> bool:
     told = step.told
     if later and told.action == "Reserve" and later[0].told.lease == told.lease and later[0].told.action == "Reserve":
         return False  # the next, which renews it, might as well be the first
-    if later and told.room != (before.told.room if before else (0, 0)):
+    if later and told.room != (before.told.room if before else (0, 0)) and later[0].told.action != "Restore":
         return True
     if told.action == "Lookup":
         return any(one.told.pin == told.pin for one in later)

@@ -43,10 +43,16 @@ TraceFresh(t) == Hand(t).st = "none"
 -------------------------------------------------------------------------------
 \* What is not told
 
-\* Pins whose time was over when this block was evicted.
-Overdue == {t \in Event.over : Hand(t).st = "held"}
+\* Pins on this block whose time was over when it was evicted: they count no more, and are swept out later.
+Old(t) == {p \in PinsOf(S, t) : p.key = Event.key /\ p.gen = Event.gen}
+Overdue == {t \in Event.over : Old(t) # {}}
 Sweeps == at <= Len(TraceLog) /\ Event.ev = "Evict" /\ Overdue # {}
-Hidden == Sweeps /\ Expire(CHOOSE t \in Overdue : TRUE) /\ UNCHANGED <<at, leases>>
+Hidden ==
+  /\ Sweeps
+  /\ \E t \in {CHOOSE t \in Overdue : TRUE} :
+       /\ Becomes(Here, Unpinned(S, Old(t)))
+       /\ hand' = [hand EXCEPT ![t[1]][t[2]].at = {x \in @ : x.key # Event.key \/ x.gen # Event.gen}]
+  /\ UNCHANGED <<wr, copy, tgt, down, faults, at, leases>>
 
 -------------------------------------------------------------------------------
 \* What is told
@@ -92,9 +98,7 @@ TSeal == Is("Seal") /\ NoLease /\ IsLeased /\ Seal(W)
 TRelease == Is("Release") /\ NoLease /\ Release(Event.tok)
 TGiveUp == Is("GiveUp") /\ NoLease /\ IsLeased /\ Leased(S, W) /\ Orphans(S, Event.key) = {Event.key} /\ GiveUp(W)
 \* Time is over, says the clock.
-TExpire ==
-  /\ Is("Expire") /\ NoLease /\ Event.due
-  /\ IF Hand(Event.tok).st = "lapsed" THEN UNCHANGED vars ELSE Expire(Event.tok)
+TExpire == Is("Expire") /\ NoLease /\ Event.due /\ Expire(Event.tok)
 TLapse ==
   /\ Is("Lapse") /\ NoLease /\ IsLeased /\ Now(Event.key, Event.gen)
   /\ Orphans(S, Event.key) = {Event.key} /\ Event.due

@@ -56,10 +56,10 @@ class _Pin:
 
 
 def arrange(run: CacheRun) -> Trace:
-    """The trace.
+    """The trace; it ends with the first step that speaks of what was never there, which no action explains.
 
     Raises:
-        Illegal: the run is empty, or speaks of what it never brought.
+        Illegal: the run is empty.
     """
     if not run.steps:
         raise Illegal("the run holds no step")
@@ -70,7 +70,8 @@ def arrange(run: CacheRun) -> Trace:
         try:
             lines.append(Line(arranger.said(step) | arranger.room(step.told), told))
         except Illegal as error:
-            raise Illegal(f"{told}: {error}") from error
+            lines.append(Line({"ev": "Nothing"}, f"{told}: {error}"))
+            break
     data: dict[str, Value] = {
         "ParentOf": tuple(arranger.parents),
         "OnDisk": tuple(arranger.kept),

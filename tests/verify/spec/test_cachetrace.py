@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from cache_rules import CacheRules, TieredRules, run
 from cacheruns import DISK, RAM, Store, cut, everything, illegal, joined, key, stored
+from tests.protocol import test_cache_machine as known
 
 from countersign.services.protocol.cache import BlockCache, Recency
 from countersign.verify.spec.errors import SpecError
@@ -118,8 +121,8 @@ def test_a_run_goes_through_its_file(tmp_path: Path) -> None:
             read_run(file)
 
 
-def recorded(rules: type[CacheRules], examples: int) -> list[CacheRun]:
-    """What stores told while Hypothesis drove them."""
+def recorded(rules: type[CacheRules], examples: int, *, broken: bool = False) -> list[CacheRun]:
+    """What stores told while Hypothesis drove them; of broken ones, up to where the rules themselves give up."""
     made: list[tuple[CacheRules, StepRecorder]] = []
 
     def fresh(machine: CacheRules) -> BlockCache:
@@ -130,7 +133,11 @@ def recorded(rules: type[CacheRules], examples: int) -> list[CacheRun]:
         recorder.cache = cache
         return cache
 
-    run(type("Recorded", (rules,), {"seen": set(), "made": fresh}), examples=examples)
+    fields: dict[str, object] = {"seen": set(), "made": fresh}
+    if broken:
+        fields["properties"] = ()
+    with suppress(*((Exception,) if broken else ())):
+        run(type("Recorded", (rules,), fields), examples=examples)
     return [CacheRun((it.ram, it.disk), 1, tuple(recorder.steps)) for it, recorder in made if recorder.steps]
 
 
@@ -150,6 +157,23 @@ def test_what_stores_tell_under_hundreds_of_schedules_is_accepted(rules: type[Ca
     for batch in in_batches(made):
         verdict = replay(batch)
         assert verdict.accepted, verdict
+
+
+@pytest.mark.parametrize(
+    ("bug", "action"),
+    [
+        (known.evict_what_is_pinned, "Evict"),
+        (known.find_what_is_being_written, "Lookup"),
+        (known.forget_the_room_of_what_goes, "Evict"),
+    ],
+)
+def test_a_bug_in_the_store_shows_in_what_it_tells(
+    monkeypatch: pytest.MonkeyPatch, bug: Callable[[pytest.MonkeyPatch], None], action: str
+) -> None:
+    bug(monkeypatch)
+    verdicts = (replay(made) for made in in_batches(recorded(CacheRules, 40, broken=True)))
+    rejected = next(verdict for verdict in verdicts if not verdict.accepted)
+    assert f"({action}" in rejected.first
 
 
 def in_batches(runs: list[CacheRun], steps: int = 400) -> list[CacheRun]:
