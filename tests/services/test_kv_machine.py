@@ -162,6 +162,7 @@ def test_no_schedule_of_readers_writers_lapses_and_kills_breaks_a_property(serve
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)  # each kill is a start of a process
 def test_no_long_schedule_of_readers_writers_lapses_and_kills_breaks_a_property(served: ServedCache) -> None:
     machine = type("Sound", (ServiceRules,), {"seen": set(), "served": served})
-    run(machine, examples=100, steps=60)
+    run(machine, examples=60, steps=60)
