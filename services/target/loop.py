@@ -64,6 +64,8 @@ class TargetLoop:
         self._checked = True
         self._losses = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="target")
+        # Whoever takes pages: a pass, from its plan on, which counts the free ones, or a prefix that comes in.
+        self._pages = asyncio.Lock()
         self._background = Background()
 
     @property
@@ -155,13 +157,15 @@ class TargetLoop:
         # The last token of a prefill may look like a decode.
         decodes = (self._sessions.get(generation.id) for generation in self._engine.decodes())
         decoding = [session for session in decodes if session is not None]
-        step = self._engine.plan(self._wall_ms(), await self._drafts.propose(decoding))
-        for name in step.plan.expired:
-            self._expire(name)
-        if step.idle and not (step.plan.admitted or step.plan.preempted):
-            return False
-        loading = step.plan.admitted if self._prefixes is not None else ()
-        ran = await self._in_thread(self._engine.run, step, loading)
+        drafts = await self._drafts.propose(decoding)
+        async with self._pages:
+            step = self._engine.plan(self._wall_ms(), drafts)
+            for name in step.plan.expired:
+                self._expire(name)
+            if step.idle and not (step.plan.admitted or step.plan.preempted):
+                return False
+            loading = step.plan.admitted if self._prefixes is not None else ()
+            ran = await self._in_thread(self._engine.run, step, loading)
         for name in loading:
             job = self._jobs().get(name)
             if job is not None:  # else it left meanwhile
@@ -241,7 +245,8 @@ class TargetLoop:
             held = generation.sequence.length // PAGE_TOKENS
             keys = self._keys(generation.tenant, generation.tokens[:-1])
             blocks = await prefixes.fetch(generation.id, keys, held)
-            await self._in_thread(self._engine.load, generation, blocks)
+            async with self._pages:
+                await self._in_thread(self._engine.load, generation, blocks)
             if isinstance(job, PrefillJob):
                 lacking = await self._in_thread(self._export, generation, job.lacking(held))
                 job.loaded(lacking, held, len(blocks))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import pytest
@@ -116,7 +117,18 @@ class Watching(Engine):
     Its ranks are lost in the next ``losses`` passes, and in so many looks at the pages.
     """
 
-    most = preempted = forgotten = losses = idle_losses = 0
+    most = preempted = forgotten = losses = idle_losses = loads = planned_meanwhile = 0
+    loading = False
+
+    def plan(self, now: int = 0, drafts: Mapping[str, Draft] = MappingProxyType({})) -> Step:
+        self.planned_meanwhile += self.loading
+        return super().plan(now, drafts)
+
+    def load(self, generation: Generation, blocks: Sequence[bytes]) -> None:
+        self.loads, self.loading = self.loads + 1, True
+        time.sleep(0.02)  # as long as some hundred blocks take
+        super().load(generation, blocks)
+        self.loading = False
 
     def run(self, step: Step, skip: Collection[str] = ()) -> Ran:
         if self.losses and set(step.plan.decodes) | set(step.plan.prefills) - set(skip):
@@ -295,6 +307,16 @@ async def test_requests_whose_kv_does_not_fit_together_are_preempted_and_all_end
         assert here.engine.preempted > 0
         assert all(here.journal.log(f"r{index}").token_ids == expected for index in range(4))
         here.engine.check()
+
+
+async def test_no_pass_is_planned_while_a_prefix_takes_pages(model: Model) -> None:
+    async with house(model) as here:
+        await here.add("long", max_tokens=80)
+        for index in range(4):
+            await here.add(f"r{index}", max_tokens=5)
+        await here.idle()
+        assert here.engine.loads == 5
+        assert here.engine.planned_meanwhile == 0
 
 
 async def test_lost_ranks_are_a_pause_until_they_are_lost_again_and_again(model: Model) -> None:
