@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from countersign.services.engine.engine import Engine, Generation, Result
+from countersign.services.engine.engine import Engine, Generation, Ran, Result, Step
 from countersign.services.engine.errors import EngineError, RankLost
 from countersign.services.engine.kv import PAGE_TOKENS
 from countersign.services.runtime.announcer import NOBODY, Announcer
@@ -165,7 +165,9 @@ class TargetLoop:
             if step.idle and not (step.plan.admitted or step.plan.preempted):
                 return False
             loading = step.plan.admitted if self._prefixes is not None else ()
+            began = asyncio.get_running_loop().time()
             ran = await self._in_thread(self._engine.run, step, loading)
+            self._measure(step, ran, asyncio.get_running_loop().time() - began)
         for name in loading:
             job = self._jobs().get(name)
             if job is not None:  # else it left meanwhile
@@ -180,6 +182,14 @@ class TargetLoop:
         # The committers get their turn, so that the log does not wait for the next pass.
         await asyncio.sleep(0)
         return True
+
+    def _measure(self, step: Step, ran: Ran, seconds: float) -> None:
+        """What a block takes to compute, from passes of prompts alone: the store keeps longer what is dearer."""
+        tokens = sum(count for name, count in step.plan.prefills.items() if name in ran.computed)
+        if self._prefixes is None or step.plan.decodes or tokens < PAGE_TOKENS:
+            return
+        now, before = round(1e6 * seconds / tokens * PAGE_TOKENS), self._prefixes.cost_us
+        self._prefixes.cost_us = (3 * before + now) // 4 if before else now
 
     def _expire(self, name: str) -> None:
         """Its deadline has passed."""

@@ -76,6 +76,7 @@ class Prefixes:
         self._bus = bus
         # Who knows the name of a writer gets its leases, so that nobody may guess it.
         self._holder = f"{holder}/{secrets.token_hex(8)}"
+        self.cost_us = 0  # what a block takes to compute, in microseconds; 0: not known
         self._backoff = Backoff(clock)
         self._log = log
         self._wire = wire
@@ -115,30 +116,24 @@ class Prefixes:
             return blocks
         return await asyncio.to_thread(lambda wire: [wire.decode(block) for block in blocks], self._wire)
 
-    async def store(
-        self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int, cost_us: int = 0
-    ) -> None:
+    async def store(self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int) -> None:
         """Put the blocks ``first``, ``first`` + 1, ... of a chain, those that nobody has or writes."""
-        async with self.putting(request_id, keys, first, len(blocks), cost_us) as put:
+        async with self.putting(request_id, keys, first, len(blocks)) as put:
             await put.part(0, blocks)
 
     @asynccontextmanager
-    async def putting(
-        self, request_id: str, keys: Sequence[bytes], first: int, count: int, cost_us: int = 0
-    ) -> AsyncIterator[Putting]:
+    async def putting(self, request_id: str, keys: Sequence[bytes], first: int, count: int) -> AsyncIterator[Putting]:
         """A put of ``count`` blocks from ``keys[first]`` on, in parts; leaving it seals those that are whole.
 
         ``async with prefixes.putting(...) as put: await put.part(layer, [a slice of each of the blocks])`` for
         each layer in turn. ``put.wanted`` says which of the slices are used at all: only those need to be made. Nothing
-        that the store does raises here.
-
-        ``cost_us``: what computing one block took, in microseconds; 0: not known. Puts of one request come one after
-        the other: a block is sealed after those before it.
+        that the store does raises here. Puts of one request come one after the other: a block is sealed after those
+        before it.
         """
         put = Putting(self._log, self._wire)
         leases: list[int] = []
         if count > 0 and not self._backoff.resting:
-            leases = await self._begin(put, request_id, keys[: first + count], first, cost_us)
+            leases = await self._begin(put, request_id, keys[: first + count], first)
         try:
             yield put
         except BaseException:
@@ -159,9 +154,12 @@ class Prefixes:
         if self._staging is not None:
             self._staging.close()
 
-    async def _begin(self, put: Putting, request_id: str, keys: Sequence[bytes], first: int, cost_us: int) -> list[int]:
+    async def _begin(self, put: Putting, request_id: str, keys: Sequence[bytes], first: int) -> list[int]:
         """Reserves the blocks; the leases."""
-        ids = [BlockId(key=keys[i], parent=keys[i - 1] if i else b"", cost_us=cost_us) for i in range(first, len(keys))]
+        ids = [
+            BlockId(key=keys[i], parent=keys[i - 1] if i else b"", cost_us=self.cost_us)
+            for i in range(first, len(keys))
+        ]
         request = ReserveRequest(blocks=ids, holder=f"{self._holder}/{request_id}", ttl_ms=TTL_MS, kind=self._kind)
         try:
             reserved = await self._bus.call("kv", "Reserve", request, ReserveResponse, timeout=CALL_TIMEOUT_S)

@@ -97,6 +97,7 @@ class MemoryPrefixes:
 
     offered: dict[str, int] = field(default_factory=dict)
     slow: asyncio.Event | None = None
+    cost_us: int = 0
 
     async def fetch(self, request_id: str, keys: Sequence[bytes], first: int) -> list[bytes]:
         if self.slow is not None:
@@ -307,6 +308,14 @@ async def test_requests_whose_kv_does_not_fit_together_are_preempted_and_all_end
         assert here.engine.preempted > 0
         assert all(here.journal.log(f"r{index}").token_ids == expected for index in range(4))
         here.engine.check()
+
+
+async def test_the_store_learns_what_a_block_took_to_compute(model: Model) -> None:
+    async with house(model) as here:
+        await here.add("r", max_tokens=2, prompt=PROMPT * 4)
+        begin = time.monotonic()
+        await here.idle()
+        assert 0 < here.prefixes.cost_us < (time.monotonic() - begin) * 1e6
 
 
 async def test_no_pass_is_planned_while_a_prefix_takes_pages(model: Model) -> None:
