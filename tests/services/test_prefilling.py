@@ -35,6 +35,7 @@ class Store:
 
     blocks: dict[bytes, bytes] = field(default_factory=dict)
     resting: bool = False
+    cost_us: int = 0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     parts: list[tuple[int, int]] = field(default_factory=list)
     on_part: Callable[[], None] = lambda: None
