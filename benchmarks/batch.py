@@ -25,7 +25,8 @@ from countersign.batch.plan import Job, plan_batch
 from countersign.batch.runner import BatchRunner
 from countersign.cli.bench import Row
 from countersign.client import Client
-from countersign.services.engine.engine import Engine, Generation, kept_of
+from countersign.services.engine.engine import Engine, kept_of
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, load_model
 from countersign.services.protocol.keys import chain_keys, root_key

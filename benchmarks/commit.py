@@ -25,7 +25,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from countersign.cli.bench import Row
 from countersign.cli.prompts import heldout_prompts
 from countersign.client import Client, Tokens
-from countersign.services.engine.engine import Engine, Generation
+from countersign.services.engine.engine import Engine
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import load_model
 from countersign.services.protocol.commit import LogState

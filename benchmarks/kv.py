@@ -27,7 +27,8 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from countersign.cli.bench import Row, load
-from countersign.services.engine.engine import Engine, Generation
+from countersign.services.engine.engine import Engine
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, load_model
 from countersign.services.kv.service import KvService

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from countersign.cli.bench import CHECKOUT, Row
-from countersign.services.engine.engine import Engine, Generation, kept_of
+from countersign.services.engine.engine import Engine, kept_of
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, load_model
 from countersign.services.engine.native import NativeExecutor

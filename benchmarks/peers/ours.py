@@ -9,8 +9,9 @@ import torch
 from countersign import __version__
 from countersign.services.draft.proposer import Ask, Proposer
 from countersign.services.engine.config import Dtype
-from countersign.services.engine.engine import Engine, Generation, kept_of
+from countersign.services.engine.engine import Engine, kept_of
 from countersign.services.engine.errors import EngineError
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.lookup import Lookup
 from countersign.services.engine.model import load_model

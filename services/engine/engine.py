@@ -9,75 +9,21 @@ that belong to it, and removes the request.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
 
 from countersign.services.engine.errors import ContextExceeded, EngineError
+from countersign.services.engine.filling import Filling, filling_of
+from countersign.services.engine.generation import Generation, usable_keys, work_of
 from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
 from countersign.services.engine.model import Model
 from countersign.services.engine.runner import Outcome, Runner, Work
-from countersign.services.engine.sampling import Allowed, Sampling
 from countersign.services.engine.scheduler import Plan, Request, Scheduler
 from countersign.services.engine.speculation import Draft
 
 _NO_DRAFT = Draft()
 _NO_DRAFTS: Mapping[str, Draft] = MappingProxyType({})
-
-
-class Constraint(Protocol):
-    """What a request's tokens may be, such as a grammar. Its state follows the tokens accepted, never the proposed."""
-
-    def masks(self, draft: Draft) -> Sequence[Allowed | None]:
-        """What may follow the last token accepted, and each proposal: a mask of ``sampling.allow``, or None for all."""
-
-    def accept(self, token_ids: Sequence[int]) -> None:
-        """These tokens were sampled."""
-
-
-Filled = Callable[[int, int, Sequence[bytes]], None]
-"""Told in ``run``'s thread of the blocks that a pass fills: layer, first block, that layer's part of each. All layers
-of the same blocks, in order, each as soon as it is done.
-"""
-
-
-@dataclass(slots=True, eq=False)
-class Generation:
-    """A request and what became of it so far.
-
-    ``tokens``: prompt and output; more than the prompt at first where an answer goes on. ``keys``: the chained prefix
-    keys of its first full pages, for pages shared between requests; none for none. ``cached``: how many of its tokens
-    had their KV from such pages. ``filled``: whom to tell of its KV as it is computed.
-    """
-
-    id: str
-    tokens: list[int]
-    max_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    tenant: str = ""
-    priority: int = 0
-    deadline: int | None = None
-    keys: Sequence[bytes] = ()
-    constraint: Constraint | None = None
-    filled: Filled | None = None
-    sequence: CachedSequence | None = None
-    cached: int = 0
-    removed: bool = False
-    prompt_tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.prompt_tokens = len(self.tokens)
-
-    @property
-    def generated(self) -> list[int]:
-        """The output."""
-        return self.tokens[self.prompt_tokens :]
-
-    @property
-    def left(self) -> int:
-        """How many more tokens it may have."""
-        return self.prompt_tokens + self.max_tokens - len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,13 +150,13 @@ class Engine:
         live = {name: generation for name, generation in step.generations.items() if not generation.removed}
         adopted = {name: self._adopt(live[name]) for name in step.plan.admitted if name in live}
         works = {
-            name: _work(live[name], 1, step.drafts.get(name, _NO_DRAFT)) for name in step.plan.decodes if name in live
+            name: work_of(live[name], 1, step.drafts.get(name, _NO_DRAFT)) for name in step.plan.decodes if name in live
         }
         for name, count in step.plan.prefills.items():
             if name in live and name not in skip:
                 left = count if name in adopted else self._instead(live[name], count, adopted)
                 if left:
-                    works[name] = _work(live[name], left, _NO_DRAFT)
+                    works[name] = work_of(live[name], left, _NO_DRAFT)
         outcomes = self._compute(works, live) if works else []
         results = [
             Result(live[name], outcome, len(work.draft))
@@ -237,7 +183,7 @@ class Engine:
         """A pass, which tells of the blocks that it fills to whoever wants to know. Their last layer is told once all
         numbers are known to be finite.
         """
-        fillings = {name: filling for name, work in works.items() if (filling := _filling(live[name].filled, work))}
+        fillings = {name: filling for name, work in works.items() if (filling := filling_of(live[name].filled, work))}
         last = self._runner.model.config.layers - 1
 
         def tell(layer: int) -> None:
@@ -334,7 +280,7 @@ class Engine:
     def _adopt(self, generation: Generation) -> int:
         """Opens a request's sequence with the pages that others computed; at least one token is left to feed."""
         generation.sequence = self.cache.sequence()
-        adopted = self.cache.adopt(generation.sequence, _usable(generation))
+        adopted = self.cache.adopt(generation.sequence, usable_keys(generation))
         generation.cached = max(generation.cached, min(adopted, generation.prompt_tokens))
         self.sharing.adopted += adopted
         return adopted
@@ -367,11 +313,11 @@ class Engine:
     def _extend(self, generation: Generation, sequence: CachedSequence, pages: int) -> int:
         """Adopts what there is behind its own pages, up to so many in all; how much it then has."""
         before = sequence.length
-        after = self.cache.adopt(sequence, _usable(generation)[:pages])
+        after = self.cache.adopt(sequence, usable_keys(generation)[:pages])
         generation.cached = min(generation.cached + after - before, generation.prompt_tokens)
         if generation.filled is not None and after > before:
             blocks = range(before // PAGE_TOKENS, after // PAGE_TOKENS)
-            _Filling(generation.filled, sequence, blocks).whole(self._runner.model.config.layers)
+            Filling(generation.filled, sequence, blocks).whole(self._runner.model.config.layers)
         self.sharing.adopted += after - before
         return after
 
@@ -385,52 +331,6 @@ class Engine:
         """How many of its pages have keys and are full of known tokens."""
         length = 0 if generation.sequence is None else generation.sequence.length
         return min(min(length, len(generation.tokens)) // PAGE_TOKENS, len(generation.keys))
-
-
-def _usable(generation: Generation) -> Sequence[bytes]:
-    """Keys of the pages that it may adopt: at least one token is left to feed."""
-    return generation.keys[: (len(generation.tokens) - 1) // PAGE_TOKENS]
-
-
-@dataclass(frozen=True, slots=True)
-class _Filling:
-    """Blocks of a sequence that a pass fills."""
-
-    tell: Filled
-    sequence: CachedSequence
-    blocks: range
-
-    def layer(self, layer: int) -> None:
-        self.tell(layer, self.blocks.start, [self.sequence.export_layer(block, layer) for block in self.blocks])
-
-    def whole(self, layers: int) -> None:
-        """All layers of blocks that are full."""
-        blocks = [self.sequence.export_block(block) for block in self.blocks]
-        size = len(blocks[0]) // layers
-        for layer in range(layers):
-            self.tell(layer, self.blocks.start, [block[layer * size : (layer + 1) * size] for block in blocks])
-
-
-def _filling(tell: Filled | None, work: Work) -> _Filling | None:
-    """Proposals fill nothing: they may be rejected."""
-    before = work.sequence.length
-    blocks = range(before // PAGE_TOKENS, (before + len(work.token_ids)) // PAGE_TOKENS)
-    return _Filling(tell, work.sequence, blocks) if tell is not None and blocks else None
-
-
-def _work(generation: Generation, count: int, draft: Draft) -> Work:
-    """``count`` tokens at most, then the draft; a sample is wanted if these are all that are known, else a proof that
-    the numbers are finite if there are pages to share.
-    """
-    sequence = generation.sequence
-    if sequence is None:
-        raise AssertionError(f"request {generation.id} runs and was never admitted")
-    fed = generation.tokens[sequence.length : sequence.length + count]
-    samples = sequence.length + len(fed) == len(generation.tokens)
-    masks = generation.constraint.masks(draft) if samples and generation.constraint is not None else None
-    first, end = sequence.length // PAGE_TOKENS, (sequence.length + len(fed)) // PAGE_TOKENS
-    proves = not samples and first < min(end, len(generation.keys))
-    return Work(sequence, fed, generation.sampling, draft, samples, proves, masks)
 
 
 def complete(engine: Engine, generations: Iterable[Generation]) -> None:

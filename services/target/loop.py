@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from countersign.services.engine.engine import Engine, Generation, Ran, Result, Step
+from countersign.services.engine.engine import Engine, Ran, Result, Step
 from countersign.services.engine.errors import EngineError, RankLost
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PAGE_TOKENS
 from countersign.services.runtime.announcer import NOBODY, Announcer
 from countersign.services.runtime.background import Background

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from countersign.services.engine.engine import Generation
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PAGE_TOKENS
 from countersign.services.runtime.errors import CountersignError, Internal, Unavailable
 

@@ -13,8 +13,9 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from countersign import __version__
 from countersign.services.engine.config import ModelConfig
-from countersign.services.engine.engine import Engine, Generation
+from countersign.services.engine.engine import Engine
 from countersign.services.engine.errors import CheckpointError, EngineError, RankLost
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
 from countersign.services.engine.model import Model, load_model
 from countersign.services.engine.ranks.load import load_ranked_model

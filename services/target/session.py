@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from countersign.services.engine.engine import Generation
+from countersign.services.engine.generation import Generation
 from countersign.services.protocol.writer import Writer
 from countersign.services.runtime.announcer import Party
 from countersign.services.target.stopping import Stopper

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from safetensors.torch import load_file, save_file
 
-from countersign.services.engine.engine import Engine, Generation, Ran, Step, complete, kept_of
+from countersign.services.engine.engine import Engine, Ran, Step, complete, kept_of
 from countersign.services.engine.errors import ContextExceeded, EngineError, RequestTooLarge
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Backend, Model, load_model
 from countersign.services.engine.sampling import Allowed, Sampling, allow

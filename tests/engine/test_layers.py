@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 from torch import Tensor
 
-from countersign.services.engine.engine import Engine, Generation, complete, kept_of
+from countersign.services.engine.engine import Engine, complete, kept_of
 from countersign.services.engine.errors import EngineError, InvalidBlock
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
 from countersign.services.engine.model import Model
 from countersign.services.engine.step import AfterLayer, Span

@@ -12,8 +12,9 @@ import psutil
 import pytest
 import torch
 
-from countersign.services.engine.engine import Engine, Generation, complete, kept_of
+from countersign.services.engine.engine import Engine, complete, kept_of
 from countersign.services.engine.errors import EngineError, InvalidSpan, RankLost
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, Span, load_model
 from countersign.services.engine.ranks.executor import RankedExecutor

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from countersign.services.engine.engine import Generation
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.speculation import Draft
 from countersign.services.runtime.config import DraftConfig
 from countersign.services.runtime.errors import Unavailable

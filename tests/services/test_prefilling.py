@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from tests.services.test_target_loop import House, house, now_ms, until
 
-from countersign.services.engine.engine import Generation
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PAGE_TOKENS
 from countersign.services.engine.model import Model, load_model
 from countersign.services.runtime.errors import CountersignError, DeadlineExceeded, Internal, Unavailable

@@ -13,8 +13,9 @@ from typing import Any, Literal, cast
 
 import pytest
 
-from countersign.services.engine.engine import Engine, Generation, Ran, Step
+from countersign.services.engine.engine import Engine, Ran, Step
 from countersign.services.engine.errors import RankLost
+from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
 from countersign.services.engine.model import Model, load_model
 from countersign.services.engine.scheduler import Scheduler
