@@ -8,10 +8,11 @@ false). With one deliberate bug at a time, the property that is named for it mus
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, event, settings
+from hypothesis import HealthCheck, Phase, event, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -566,17 +567,30 @@ class TieredRules(CacheRules):
         self.saw("restored" if whole else "started empty")
 
 
-def run(machine: type[CacheRules], *, examples: int, steps: int = 50) -> None:
-    """Runs a machine with what is drawn fixed by its rules: the same each time."""
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            derandomize=True,
-            database=None,
-            deadline=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+def run(machine: type[CacheRules], *, examples: int, steps: int = 50, seeds: Iterable[int] = (0,)) -> None:
+    """Runs a machine ``examples`` times with each seed; more of these find what one that is out of luck does not.
+
+    A seed alone does not fix what is drawn: Hypothesis also draws constants of the modules that are loaded.
+    """
+    for number in seeds:
+        run_state_machine_as_test(
+            seed(number)(machine),
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=steps,
+                database=None,
+                deadline=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+
+
+def reach(rules: type[CacheRules], wanted: set[str], *, examples: int, most: int = 10) -> None:
+    """Runs sound rules, with one seed after the other, until all that is ``wanted`` was seen."""
+    seen: set[str] = set()
+    for number in range(most):
+        run(type("Sound", (rules,), {"seen": seen}), examples=examples, seeds=[number])
+        if wanted <= seen:
+            return
+    raise AssertionError(f"never reached: {wanted - seen}")
