@@ -567,17 +567,20 @@ class TieredRules(CacheRules):
         self.saw("restored" if whole else "started empty")
 
 
-def run(machine: type[CacheRules], *, examples: int, steps: int = 50, seeds: Iterable[int] = (0,)) -> None:
-    """Runs a machine ``examples`` times with each seed; more of these find what one that is out of luck does not.
+def run(machine: type[CacheRules], *, examples: int, steps: int = 50, seeds: Iterable[int] | None = None) -> None:
+    """Runs a machine ``examples`` times, with each of the seeds, else with one that its rules fix.
 
-    A seed alone does not fix what is drawn: Hypothesis also draws constants of the modules that are loaded.
+    More seeds find what one that is out of luck does not. None fixes what is drawn: Hypothesis also draws constants of
+    the modules that are loaded.
     """
-    for number in seeds:
+    factories = [machine] if seeds is None else (seed(number)(machine) for number in seeds)
+    for factory in factories:
         run_state_machine_as_test(
-            seed(number)(machine),
+            factory,
             settings=settings(
                 max_examples=examples,
                 stateful_step_count=steps,
+                derandomize=True,
                 database=None,
                 deadline=None,
                 phases=[Phase.generate],
@@ -586,11 +589,13 @@ def run(machine: type[CacheRules], *, examples: int, steps: int = 50, seeds: Ite
         )
 
 
-def reach(rules: type[CacheRules], wanted: set[str], *, examples: int, most: int = 10) -> None:
+def reach(
+    rules: type[CacheRules], wanted: set[str], *, examples: int, steps: int = 50, most: int = 10, **fields: object
+) -> None:
     """Runs sound rules, with one seed after the other, until all that is ``wanted`` was seen."""
     seen: set[str] = set()
     for number in range(most):
-        run(type("Sound", (rules,), {"seen": seen}), examples=examples, seeds=[number])
+        run(type("Sound", (rules,), {"seen": seen, **fields}), examples=examples, steps=steps, seeds=[number])
         if wanted <= seen:
             return
     raise AssertionError(f"never reached: {wanted - seen}")
