@@ -160,20 +160,21 @@ def test_what_stores_tell_under_hundreds_of_schedules_is_accepted(rules: type[Ca
 
 
 @pytest.mark.parametrize(
-    ("bug", "action"),
+    ("bug", "actions"),
     [
-        (known.evict_what_is_pinned, "Evict"),
-        (known.find_what_is_being_written, "Lookup"),
-        (known.forget_the_room_of_what_goes, "Evict"),
+        (known.evict_what_is_pinned, ["Evict"]),
+        (known.find_what_is_being_written, ["Lookup"]),
+        # Whichever way a block goes first.
+        (known.forget_the_room_of_what_goes, ["Evict", "Release", "Lapse", "Condemn", "Expire"]),
     ],
 )
 def test_a_bug_in_the_store_shows_in_what_it_tells(
-    monkeypatch: pytest.MonkeyPatch, bug: Callable[[pytest.MonkeyPatch], None], action: str
+    monkeypatch: pytest.MonkeyPatch, bug: Callable[[pytest.MonkeyPatch], None], actions: list[str]
 ) -> None:
     bug(monkeypatch)
     verdicts = (replay(made) for made in in_batches(recorded(CacheRules, 40, broken=True)))
     rejected = next(verdict for verdict in verdicts if not verdict.accepted)
-    assert f"({action}" in rejected.first
+    assert any(f"({action}" in rejected.first for action in actions)
 
 
 def in_batches(runs: list[CacheRun], steps: int = 400) -> list[CacheRun]:
