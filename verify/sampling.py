@@ -1,0 +1,97 @@
+"""What an audit looks at, drawn in public: which receipts, and which positions of one.
+
+Commit first, sample second. A provider that knew what will be looked at could be honest there and nowhere else. So the
+draw depends on a beacon that exists only once the receipts are committed: the log's own signature over a checkpoint
+that includes them. Nobody but the log can predict it, everybody can check the draw afterwards, and a log that signs
+one checkpoint in two ways to choose among draws leaves both signatures behind (witnesses cosign one note only).
+
+    beacon       SHA-256("countersign/beacon/v1" || u32(size of the checkpoint) || checkpoint || signature)
+    seed         SHA-256("countersign/draw/v1" || u8(size of the purpose) || purpose || beacon || receipt digest)
+    word i       bytes 8 (i mod 4) .. + 8 of SHA-256(seed || u64(i div 4)), as u64
+    selected     word 0 < share 2^64
+    positions    Floyd's sample: for j = n - count .. n - 1, t uniform in 0 .. j; take t, or j where t is taken already
+
+All integers are big-endian; t is a word modulo j + 1, words too high for an equal share being passed over. A client
+that asks for itself takes 32 random bytes of its own as the beacon, once it has the receipt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import struct
+from collections.abc import Iterator
+from typing import Literal
+
+DIGEST_SIZE = 32
+
+Purpose = Literal["receipts", "activations", "leaves", "blocks"]
+"""Draws for different purposes are independent: whether a receipt is audited tells nothing of where."""
+
+_BEACON_DOMAIN = b"countersign/beacon/v1"
+_DRAW_DOMAIN = b"countersign/draw/v1"
+_WORDS = 1 << 64
+
+
+def beacon(checkpoint: bytes, signature: bytes) -> bytes:
+    """The beacon (32 bytes) of a checkpoint: its signed text and the log's own signature over that, not a witness's."""
+    return hashlib.sha256(_BEACON_DOMAIN + struct.pack(">I", len(checkpoint)) + checkpoint + signature).digest()
+
+
+def selected(beacon: bytes, receipt_digest: bytes, share: float) -> bool:
+    """Whether the receipt is among the ``share`` (0 to 1) of receipts that have to be audited.
+
+    Raises:
+        ValueError: the share is not within 0 and 1, or a digest has not 32 bytes.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share of {share} receipts: it lies between 0 and 1")
+    return next(_words(_seed("receipts", beacon, receipt_digest))) < int(share * _WORDS)
+
+
+def positions(purpose: Purpose, beacon: bytes, receipt_digest: bytes, population: int, count: int) -> tuple[int, ...]:
+    """``count`` different ones of 0 .. ``population`` - 1, ascending; all of them where there are no more.
+
+    Raises:
+        ValueError: a number is negative, or a digest has not 32 bytes.
+    """
+    if population < 0 or count < 0:
+        raise ValueError(f"{count} positions of {population}")
+    words = _words(_seed(purpose, beacon, receipt_digest))
+    drawn: set[int] = set()
+    for j in range(max(population - count, 0), population):
+        place = _below(words, j + 1)
+        drawn.add(j if place in drawn else place)
+    return tuple(sorted(drawn))
+
+
+def draws_needed(share: float, power: float) -> int:
+    """How many of a large number must be drawn so that one of the bad ``share`` is among them with chance ``power``.
+
+    Where a test finds only some of the bad that it looks at, multiply ``share`` by that chance first.
+
+    Raises:
+        ValueError: share or power does not lie strictly between 0 and 1.
+    """
+    if not (0 < share < 1 and 0 < power < 1):
+        raise ValueError(f"share {share} and power {power} must lie between 0 and 1")
+    return math.ceil(math.log1p(-power) / math.log1p(-share))
+
+
+def _seed(purpose: str, beacon: bytes, receipt_digest: bytes) -> bytes:
+    if len(beacon) != DIGEST_SIZE or len(receipt_digest) != DIGEST_SIZE:
+        raise ValueError(f"beacon and receipt digest have {len(beacon)} and {len(receipt_digest)} bytes, not 32 each")
+    name = purpose.encode()
+    return hashlib.sha256(_DRAW_DOMAIN + bytes([len(name)]) + name + beacon + receipt_digest).digest()
+
+
+def _words(seed: bytes) -> Iterator[int]:
+    for counter in itertools.count():
+        yield from struct.unpack(">4Q", hashlib.sha256(seed + struct.pack(">Q", counter)).digest())
+
+
+def _below(words: Iterator[int], bound: int) -> int:
+    """Uniform in 0 .. bound - 1."""
+    fair = _WORDS - _WORDS % bound
+    return next(word for word in words if word < fair) % bound
