@@ -140,7 +140,11 @@ async def _bytes(bus: Bus, count: int, turns: int) -> list[Row]:
 
 
 def _putter(prefixes: Prefixes, keys: PrefixKeys, blocks: Sequence[bytes]) -> Callable[[int], Awaitable[object]]:
-    return lambda turn: prefixes.store(f"put-{turn}", _chain(keys, turn, len(blocks)), blocks, 0)
+    async def put_all(turn: int) -> None:
+        async with prefixes.putting(f"put-{turn}", _chain(keys, turn, len(blocks)), 0, len(blocks)) as put:
+            await put.whole(dict(enumerate(blocks)))
+
+    return put_all
 
 
 def _getter(prefixes: Prefixes, keys: PrefixKeys, count: int) -> Callable[[int], Awaitable[list[bytes]]]:

@@ -604,7 +604,10 @@ class CachedSequence:
 
         Raises:
             InvalidBlock: the block is not full.
+            InvalidSpan: the sequence is closed.
         """
+        if not self._cache.holds(self):
+            raise InvalidSpan("a closed sequence has no blocks")
         if not 0 <= index < self.length // PAGE_TOKENS:
             raise InvalidBlock(f"block {index} of a sequence of {self.length} tokens is not full")
         return self._cache.export(index, self.pages[index])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +19,12 @@ from countersign.services.runtime.background import Background
 
 # Bytes of one transaction, and of one read that is brought into RAM.
 BATCH_BYTES = 16 << 20
+NICENESS = 10
+# Blocks that the disk still holds though the books dropped them.
+MOST_DROPPED = 256
 
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 
 class Mover:
@@ -35,7 +41,8 @@ class Mover:
         self._disk = disk
         self._settle = settle
         self._clock = clock
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
+        self._thread = ThreadPoolExecutor(1, "disk", _stand_back)
+        self._to_drop: list[tuple[bytes, int]] = []
         self._to_spill: deque[bytes] = deque()
         self._background = Background()
         self._wake = asyncio.Event()
@@ -58,7 +65,9 @@ class Mover:
 
     def dropped(self, key: bytes, generation: int) -> None:
         """The books have no copy of it on disk any more."""
-        self._thread.submit(self._disk.drop, [(key, generation)])
+        self._to_drop.append((key, generation))
+        if len(self._to_drop) >= MOST_DROPPED:
+            self._drop()
 
     async def run(self) -> None:
         """Spills for ever."""
@@ -95,6 +104,12 @@ class Mover:
                     self._promoted(entry, slot, block_data)
         finally:
             done.set()
+
+    def _drop(self) -> None:
+        """Has the disk forget what was dropped, in one transaction, before it does anything else."""
+        dropped, self._to_drop = self._to_drop, []
+        if dropped:
+            self._thread.submit(self._disk.drop, dropped)
 
     def _begin(self, waiting: deque[bytes]) -> list[tuple[int, Stored]]:
         """Takes room for the next few; their slots."""
@@ -155,13 +170,19 @@ class Mover:
         self.damaged += 1
         gone = self._cache.condemn(entry.key, entry.generation)
         self._settle()
-        logging.getLogger(__name__).warning("a block on disk is damaged", extra={"key": entry.key.hex(), "gone": gone})
+        _log.warning("a block on disk is damaged", extra={"key": entry.key.hex(), "gone": gone})
 
     def _read_all(self, entries: Sequence[Stored]) -> list[bytes | None]:
         return [self._disk.get(entry) for entry in entries]
 
     async def _on_disk(self, work: Callable[..., _T], *arguments: object) -> _T:
+        self._drop()
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+
+def _stand_back() -> None:
+    """The disk's thread takes what processor others leave: on this host somebody may be in the middle of an answer."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def entry_of(block: Block) -> Stored:

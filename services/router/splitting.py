@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from time import monotonic
 
 from countersign.services.protocol.commit import LogState
 from countersign.services.router.placement import Limits, Pools, candidates
@@ -46,22 +47,33 @@ class Splitter:
         opened = log.opened
         if opened is None or not 0 < self._least <= len(opened.prompt_token_ids):
             return
-        answerers = self.answerers(opened.weights_sha256)
-        target = self._pools[opened.weights_sha256].prefiller(answerers, self._own)
-        if target is None or target is answerers[0]:
-            return  # whoever answers computes it
         left = opened.deadline_unix_ms - wall_ms() if opened.deadline_unix_ms else self._timeout * 1000
-        tokens = len(opened.prompt_token_ids)
-        self._own[target.instance] += tokens
+        until = monotonic() + min(self._timeout, left / 1000)
+        gone: set[str] = set()  # which the registry still tells of
+        while monotonic() < until:
+            answerers = [each for each in self.answerers(opened.weights_sha256) if each.instance not in gone]
+            target = self._pools[opened.weights_sha256].prefiller(answerers, self._own)
+            if target is None or target is answerers[0]:
+                return  # whoever answers computes it
+            if await self._by(target.instance, log.request_id, len(opened.prompt_token_ids), until - monotonic()):
+                return
+            gone.add(target.instance)
+
+    async def _by(self, instance: str, request_id: str, tokens: int, patience: float) -> bool:
+        """Has a target compute it; false: there is no such target any more."""
+        self._own[instance] += tokens
         try:
-            reply = await self._computed(log.request_id, target.instance, min(self._timeout, left / 1000))
-            self._log.debug("a prompt is computed request=%s by=%s %s", log.request_id, target.instance, reply)
+            reply = await self._computed(request_id, instance, patience)
+            self._log.debug("a prompt is computed request=%s by=%s %s", request_id, instance, reply)
         except CountersignError as error:
-            state = f"request={log.request_id} by={target.instance} error={error.reason}"
-            self._log.warning("a prompt was not computed ahead %s", state)
+            self._log.warning(
+                "a prompt was not computed ahead request=%s by=%s error=%s", request_id, instance, error.reason
+            )
+            return error.reason != "NO_RESPONDERS"
         finally:
-            self._own[target.instance] -= tokens
+            self._own[instance] -= tokens
             self._own += Counter()  # forgets who has none
+        return True
 
     async def _computed(self, request_id: str, instance: str, patience: float) -> PrefillResponse:
         """Raises what the call raises, and that the target does not answer as soon as that is so."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import mmap
 import os
 import socket
@@ -28,6 +29,8 @@ _F_SEAL_FUTURE_WRITE = 0x0010  # Linux 5.1; Python 3.11 does not name it
 _HELLO = struct.Struct("<QQ")
 _PEER = struct.Struct("iII")
 _BACKLOG = 64
+_PAUSE_S = 0.5
+_log = logging.getLogger(__name__)
 
 
 class Memory:
@@ -134,7 +137,12 @@ class MemoryServer:
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            caller, _ = await loop.sock_accept(self._socket)
+            try:
+                caller, _ = await loop.sock_accept(self._socket)
+            except OSError as error:  # such as no file descriptor left: callers wait, or go without
+                _log.warning("no caller gets shared memory now", extra={"error": str(error)})
+                await asyncio.sleep(_PAUSE_S)
+                continue
             while len(self._ends) >= self._most:
                 self._ends.pop(next(iter(self._ends))).cancel()
             number = self._draw()

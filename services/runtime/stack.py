@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from countersign.files import write_atomically
 from countersign.services.runtime.errors import DataLoss, FailedPrecondition, Unavailable
 
 
@@ -28,10 +29,7 @@ def stack_file(data_dir: Path) -> Path:
 
 def write_stack(data_dir: Path, stack: Stack) -> None:
     """Atomically: a reader sees the old file, the new one or none."""
-    target = stack_file(data_dir)
-    partial = target.with_suffix(".json.partial")
-    partial.write_bytes(msgspec.json.encode(stack))
-    partial.replace(target)
+    write_atomically(stack_file(data_dir), msgspec.json.encode(stack))
 
 
 def read_stack(data_dir: Path) -> Stack:

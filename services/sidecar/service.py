@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from nats.aio.msg import Msg
 from opentelemetry import metrics
 
+from countersign.files import write_atomically
 from countersign.services.protocol.errors import BrokenChain
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.announcer import EVENTS
@@ -226,9 +227,7 @@ class SidecarService:
         def write() -> None:
             text = write_run(run)
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(text)
-            partial.replace(file)
+            write_atomically(file, text.encode())
 
         try:
             await asyncio.to_thread(write)

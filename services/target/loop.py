@@ -11,7 +11,7 @@ from typing import TypeVar
 from countersign.services.engine.engine import Engine, Ran, Result, Step
 from countersign.services.engine.errors import EngineError, RankLost
 from countersign.services.engine.generation import Generation
-from countersign.services.engine.kv import PAGE_TOKENS
+from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence
 from countersign.services.runtime.announcer import NOBODY, Announcer
 from countersign.services.runtime.background import Background
 from countersign.services.runtime.errors import DeadlineExceeded, Internal
@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 # Times in a row that the ranks may be lost before requests end for it.
 MAX_LOSSES = 3
+# Blocks that leave the cache between two passes: a megabyte or a few.
+EXPORTED_AT_ONCE = 16
 
 
 class TargetLoop:
@@ -259,7 +261,7 @@ class TargetLoop:
             async with self._pages:
                 await self._in_thread(self._engine.load, generation, blocks)
             if isinstance(job, PrefillJob):
-                lacking = await self._in_thread(self._export, generation, job.lacking(held))
+                lacking = await self._in_thread(_export, generation.sequence, job.lacking(held))
                 job.loaded(lacking, held, len(blocks))
             else:
                 job.stored_blocks = held + len(blocks)
@@ -279,7 +281,7 @@ class TargetLoop:
         """Forget what is done: its blocks go to the store, its pages back, its end to the draft."""
         over = [session for session in self._sessions.values() if session.done and not session.loading]
         for session in over:
-            await self._store_blocks(session)
+            await self._keep_blocks(session)
             self._engine.remove(session.request_id)
             del self._sessions[session.request_id], self._tasks[session.request_id]
             if session.drafts:
@@ -288,8 +290,8 @@ class TargetLoop:
             self._checked = self._dropped = False
             await self._in_thread(self._engine.sweep)
 
-    async def _store_blocks(self, session: Session) -> None:
-        """Offer the full blocks of committed tokens, here and to the store, where it lacks them."""
+    async def _keep_blocks(self, session: Session) -> None:
+        """Offer the full blocks of committed tokens, here and to the store."""
         generation = session.generation
         # A request that failed may have failed over its own KV.
         if generation.sequence is None or session.finish == FinishReason.FINISH_REASON_ERROR:
@@ -299,12 +301,24 @@ class TargetLoop:
         generation.keys = self._keys(session.opened.tenant, generation.tokens[: full * PAGE_TOKENS])
         first, count = session.stored_blocks, len(generation.keys)
         if self._prefixes is not None and count > first:
-            blocks = await self._in_thread(self._export, generation, range(first, count))
-            self._background.spawn(self._prefixes.store(session.request_id, generation.keys, blocks, first))
+            held = await self._in_thread(generation.sequence.fork)
+            self._background.spawn(self._store_blocks(self._prefixes, session.request_id, generation.keys, held, first))
 
-    def _export(self, generation: Generation, indices: range) -> list[bytes]:
-        sequence = generation.sequence
-        return [] if sequence is None else [sequence.export_block(index) for index in indices]
+    async def _store_blocks(
+        self, prefixes: Prefixes, request_id: str, keys: Sequence[bytes], held: CachedSequence, first: int
+    ) -> None:
+        """Put those blocks of ``held`` that the store lacks, from ``first`` on: some at a time, passes in between."""
+        try:
+            async with prefixes.putting(request_id, keys, first, len(keys) - first) as put:
+                for start in range(0, len(put.wanted), EXPORTED_AT_ONCE):
+                    few = put.wanted[start : start + EXPORTED_AT_ONCE]
+                    blocks = await self._in_thread(_export, held, [first + place for place in few])
+                    await put.whole(dict(zip(few, blocks, strict=True)))
+        except EngineError as error:
+            self._log.warning("blocks are lost before they are stored request=%s error=%s", request_id, error)
+        finally:
+            await self._in_thread(held.close)
+            self._wake.set()
 
     async def _sleep(self) -> None:
         """Until something changes or the nearest deadline passes. An idle house looks whether all is in its place."""
@@ -331,6 +345,11 @@ def _said(session: Session, token_ids: Sequence[int]) -> ProtocolEvent:
     """The event of one pass, whose tokens are not in the generation yet."""
     sampled = Sampled(epoch=session.writer.epoch, base=session.output_tokens, token_ids=token_ids)
     return session.party.says(session.writer.log.sequence, sampled=sampled)
+
+
+def _export(sequence: CachedSequence | None, indices: Sequence[int]) -> list[bytes]:
+    """Raises EngineError: it is closed, as all are once the ranks are lost."""
+    return [] if sequence is None else [sequence.export_block(index) for index in indices]
 
 
 def _pending(generation: Generation) -> int:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from countersign.services.protocol.keys import chain_keys, root_key
+from countersign.services.runtime.background import Background
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.target.backoff import Backoff
@@ -57,7 +58,7 @@ class Prefixes:
         holder: the target's instance.
         keys: what its blocks are of.
         block_bytes: size of one block.
-        wire: how its numbers are stored; as they are by default.
+        wire: how its numbers are stored; None: as they are.
         share_memory: false: bytes go by gRPC even where the store is on this host.
     """
 
@@ -85,6 +86,7 @@ class Prefixes:
         self._staging = Staging() if share_memory else None
         self._links: dict[tuple[str, str], StoreLink] = {}
         self._retired: list[StoreLink] = []
+        self._background = Background()
 
     @property
     def resting(self) -> bool:
@@ -106,7 +108,8 @@ class Prefixes:
                     link = await self._link(found.address, found.socket)
                     blocks = await link.read(keys[first : found.found], found)
             finally:
-                await self._release([found.pin])
+                # What was read stays read, and nobody waits for this.
+                self._background.spawn(self._give_back([found.pin]))
         except CountersignError as error:
             self._backoff.failed()
             self._log.warning("kv store does not answer, prefilling instead error=%s", error.reason)
@@ -116,19 +119,14 @@ class Prefixes:
             return blocks
         return await asyncio.to_thread(lambda wire: [wire.decode(block) for block in blocks], self._wire)
 
-    async def store(self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int) -> None:
-        """Put the blocks ``first``, ``first`` + 1, ... of a chain, those that nobody has or writes."""
-        async with self.putting(request_id, keys, first, len(blocks)) as put:
-            await put.part(0, blocks)
-
     @asynccontextmanager
     async def putting(self, request_id: str, keys: Sequence[bytes], first: int, count: int) -> AsyncIterator[Putting]:
-        """A put of ``count`` blocks from ``keys[first]`` on, in parts; leaving it seals those that are whole.
+        """A put of ``count`` blocks from ``keys[first]`` on; leaving it seals those that are whole.
 
-        ``async with prefixes.putting(...) as put: await put.part(layer, [a slice of each of the blocks])`` for
-        each layer in turn. ``put.wanted`` says which of the slices are used at all: only those need to be made. Nothing
-        that the store does raises here. Puts of one request come one after the other: a block is sealed after those
-        before it.
+        ``async with prefixes.putting(...) as put:`` then ``await put.part(layer, [a slice of each of the blocks])`` for
+        each layer in turn, or ``await put.whole({place: block})``, some blocks at a time. ``put.wanted`` are the places
+        of those that nobody has or writes: only these need to be made. Nothing that the store does raises here. Puts of
+        one request come one after the other: a block is sealed after those before it.
         """
         put = Putting(self._log, self._wire)
         leases: list[int] = []
@@ -149,6 +147,7 @@ class Prefixes:
                 await self._give_back(leases)
 
     async def close(self) -> None:
+        await self._background.drain()
         for link in (*self._links.values(), *self._retired):
             await link.close()
         if self._staging is not None:
@@ -176,13 +175,10 @@ class Prefixes:
 
     async def _give_back(self, numbers: Sequence[int]) -> None:
         """Best effort: what is not given back lapses."""
-        with suppress(CountersignError):
-            await self._release(numbers)
-
-    async def _release(self, numbers: Sequence[int]) -> None:
         if any(numbers):
             request = ReleaseRequest(numbers=numbers)
-            await self._bus.call("kv", "Release", request, ReleaseResponse, timeout=CALL_TIMEOUT_S)
+            with suppress(CountersignError):
+                await self._bus.call("kv", "Release", request, ReleaseResponse, timeout=CALL_TIMEOUT_S)
 
     async def _link(self, address: str, socket: str) -> StoreLink:
         """The store there. One that has died is let go, so that nothing keeps its memory."""

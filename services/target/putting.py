@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from xxhash import xxh3_128
@@ -34,7 +34,8 @@ class _Block:
 
 
 class Putting:
-    """The blocks of one put that the store granted. ``part`` takes slices, and leaving the block that made it seals.
+    """The blocks of one put that the store granted. ``part`` takes a slice of each, ``whole`` all of some, and leaving
+    the block that made it seals.
 
     Whatever goes wrong, the rest is not sent: it costs a recompute only, and nobody is told but the log.
     """
@@ -81,15 +82,12 @@ class Putting:
         if layer != self._layer:
             raise ValueError(f"layer {self._layer} is next, not {layer}")
         self._layer += 1
-        if not self._blocks or self.failure is not None:
-            return
-        size = sum(len(slices[block.index]) for block in self._blocks)
-        if size >= _OFF_LOOP_BYTES:
-            requests = await asyncio.to_thread(self._take, slices)
-        else:
-            requests = self._take(slices)
-        for request in requests:
-            await self._send(request)
+        await self._pass_on([(place, slices[block.index]) for place, block in enumerate(self._blocks)])
+
+    async def whole(self, blocks: Mapping[int, bytes]) -> None:
+        """All bytes of some of the blocks that were offered, by their places; waits while too many are on their way."""
+        places = [(place, block.index) for place, block in enumerate(self._blocks)]
+        await self._pass_on([(place, blocks[index]) for place, index in places if index in blocks])
 
     async def end(self) -> None:
         """Seals what is whole."""
@@ -113,11 +111,23 @@ class Putting:
             await asyncio.gather(self._sending, return_exceptions=True)
         self._give_back()
 
-    def _take(self, slices: Sequence[bytes | memoryview]) -> list[PutRequest]:
-        """Stages one part of every block, or copies it into messages."""
+    async def _pass_on(self, pieces: Sequence[tuple[int, bytes | memoryview]]) -> None:
+        if not pieces or self.failure is not None:
+            return
+        if sum(len(data) for _, data in pieces) >= _OFF_LOOP_BYTES:
+            requests = await asyncio.to_thread(self._take, pieces)
+        else:
+            requests = self._take(pieces)
+        for request in requests:
+            await self._send(request)
+
+    def _take(self, pieces: Sequence[tuple[int, bytes | memoryview]]) -> list[PutRequest]:
+        """Stages the next bytes of blocks, which are named by their places among the granted, or copies them into
+        messages.
+        """
         requests, size = [PutRequest()], 0
-        for place, block in enumerate(self._blocks):
-            data = slices[block.index] if self._wire is None else self._wire.encode(slices[block.index])
+        for place, piece in pieces:
+            block, data = self._blocks[place], piece if self._wire is None else self._wire.encode(piece)
             block.digest.update(data)
             part = PutPart(key=block.key, lease=block.lease, offset=block.filled)
             if self._region is not None and self._staging is not None:

@@ -320,8 +320,12 @@ async def create(context: Context) -> TargetService:
         f"countersign/{__version__} {model.executor.name} torch/{torch.__version__} python/{platform.python_version()}"
     )
     # Executors round differently, so that one's KV is not another's.
-    wire = Wire(config.kv_wire, cache.dtype, PAGE_TOKENS * model.config.head_dim)
-    keys = PrefixKeys(info.weights_sha256, f"{CACHE_FORMAT}/{config.dtype}/{model.executor.name}{wire.suffix}")
+    wire = None
+    cache_format = f"{CACHE_FORMAT}/{config.dtype}/{model.executor.name}"
+    if config.kv_wire != "exact":
+        wire = Wire(config.kv_wire, cache.dtype, PAGE_TOKENS * model.config.head_dim)
+        cache_format += wire.suffix
+    keys = PrefixKeys(info.weights_sha256, cache_format)
     prefixes = None
     if config.kv_store:
         prefixes = Prefixes(
@@ -331,7 +335,7 @@ async def create(context: Context) -> TargetService:
             context.log,
             keys=keys,
             block_bytes=cache.block_bytes,
-            wire=None if config.kv_wire == "exact" else wire,
+            wire=wire,
         )
     drafts = Drafts(context.bus, context.config.draft, model.config.vocabulary_size, time.monotonic, context.log)
     announcer = Announcer(context.bus if context.config.sidecar.enabled else None, context.instance)

@@ -1,4 +1,4 @@
-"""How the numbers of a KV block travel and are stored: as they are, or in a byte each, which loses some of each.
+"""Lossy wires: how the numbers of a KV block travel and are stored in a byte each.
 
 A row is one head's K or V of one layer over a block's tokens. ``int8`` and ``fp8`` (e4m3) store a row as its scale, a
 little-endian fp32, and a byte a number: x is about scale · byte. Rows stand for themselves, so that a part of a block
@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-WireName = Literal["exact", "fp8", "int8"]
+WireName = Literal["fp8", "int8"]
 
 _LARGEST = {"fp8": 448.0, "int8": 127.0}
 _BYTES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -29,19 +29,15 @@ class Wire:
 
     @property
     def suffix(self) -> str:
-        """What the name of the cache format ends in; nothing for bytes as they are."""
-        return "" if self.name == "exact" else f"/{self.name}"
+        """What the name of the cache format ends in."""
+        return f"/{self.name}"
 
     def size(self, block_bytes: int) -> int:
         """Bytes of a block of so many, once encoded."""
-        if self.name == "exact":
-            return block_bytes
         return block_bytes // (self.row * self.dtype.itemsize) * (_SCALE_BYTES + self.row)
 
-    def encode(self, data: bytes | memoryview) -> bytes | memoryview:
+    def encode(self, data: bytes | memoryview) -> bytes:
         """Whole rows."""
-        if self.name == "exact":
-            return data
         numbers = torch.frombuffer(bytearray(data), dtype=self.dtype).view(-1, self.row).float()
         scales = numbers.abs().amax(dim=1, keepdim=True) / _LARGEST[self.name]
         scaled = numbers / scales.clamp_min(torch.finfo(torch.float32).tiny)
@@ -52,8 +48,6 @@ class Wire:
 
     def decode(self, data: bytes) -> bytes:
         """The rows again, as near as they were kept."""
-        if self.name == "exact":
-            return data
         rows = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, _SCALE_BYTES + self.row)
         scales = rows[:, :_SCALE_BYTES].contiguous().view(torch.float32)
         numbers = rows[:, _SCALE_BYTES:].contiguous().view(_BYTES[self.name]).float() * scales

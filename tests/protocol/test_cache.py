@@ -434,6 +434,17 @@ def test_what_was_dear_once_and_is_not_used_any_more_goes_in_the_end() -> None:
     assert look(cache, [A]).count == 0
 
 
+def test_a_block_of_unknown_cost_counts_as_much_as_others_whatever_the_unit() -> None:
+    for unit in (1e-3, 1.0, 1e6):
+        cache = fresh(30, policy=Cost)
+        put(cache, A)  # as a restart leaves it
+        put(cache, B, cost=unit)
+        put(cache, C, cost=unit)
+        put(cache, D, cost=unit)
+        assert look(cache, [A]).count == 0, "the oldest of equals goes first"
+        assert look(cache, [B]).count == 1
+
+
 # The observer
 
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from countersign.services.protocol.keys import block_key, chain_keys, root_key
+from countersign.services.engine.kv import PAGE_TOKENS
+from countersign.services.protocol.keys import BLOCK_TOKENS, block_key, chain_keys, root_key
 
 WEIGHTS = bytes(range(32))
 ROOT = root_key(WEIGHTS, "fp32/v1", "acme")
@@ -83,3 +84,7 @@ def test_a_key_that_is_no_hash_and_ids_that_do_not_fit_are_refused() -> None:
     for token_id in (-1, 2**32):
         with pytest.raises(struct.error):
             block_key(ROOT, [token_id])
+
+
+def test_a_block_is_a_page_of_the_engines_cache() -> None:
+    assert BLOCK_TOKENS == PAGE_TOKENS

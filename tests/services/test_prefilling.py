@@ -58,10 +58,6 @@ class Store:
         for key, block in zip(keys[first : first + count], put.blocks, strict=True):
             assert self.blocks.setdefault(key, block) == block
 
-    async def store(self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int) -> None:
-        async with self.putting(request_id, keys, first, len(blocks)) as put:
-            await put.part(0, blocks)
-
     async def close(self) -> None:
         """Nothing is open."""
 
@@ -71,6 +67,14 @@ class Putting:
     store: Store
     first: int
     blocks: list[bytes]
+
+    @property
+    def wanted(self) -> list[int]:
+        return list(range(len(self.blocks)))
+
+    async def whole(self, blocks: dict[int, bytes]) -> None:
+        for place, block in blocks.items():
+            self.blocks[place] = block
 
     async def part(self, layer: int, slices: Sequence[bytes]) -> None:
         await self.store.gate.wait()

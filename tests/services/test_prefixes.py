@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import pytest_asyncio
 import torch
-from kv_client import SIZE, GrpcBus, data_of
+from kv_client import SIZE, GrpcBus, data_of, stored
 
 from countersign.services.kv.service import KvService
 from countersign.services.kv.store import BlockStore
@@ -74,18 +74,19 @@ def link(prefixes: Prefixes) -> Any:
 @pytest.mark.parametrize("share_memory", [True, False])
 async def test_what_one_target_stores_another_fetches(house: House, share_memory: bool) -> None:
     writer, reader = house.target("a", share_memory=share_memory), house.target("b", share_memory=share_memory)
-    await writer.store("r1", CHAIN, BLOCKS[:5], 0)
+    await stored(writer, "r1", CHAIN, BLOCKS[:5])
     assert await reader.fetch("r2", CHAIN, 0) == BLOCKS[:5]
     assert await reader.fetch("r2", CHAIN, 3) == BLOCKS[3:5]
     assert await reader.fetch("r2", CHAIN, 5) == []
     assert (link(reader).shared, link(reader).sent) == ((7, 0) if share_memory else (0, 7))
+    await reader._background.drain()
     assert house.store.cache.pins == 0, "each pin was given back"
 
 
 @pytest.mark.parametrize("share_memory", [True, False])
 async def test_blocks_may_be_put_layer_by_layer(house: House, share_memory: bool) -> None:
     writer = house.target(share_memory=share_memory)
-    await writer.store("r1", CHAIN, BLOCKS[:1], 0)
+    await stored(writer, "r1", CHAIN, BLOCKS[:1])
     async with writer.putting("r1", CHAIN, 1, 3) as put:
         assert put.wanted == [0, 1, 2]
         for layer in range(4):
@@ -113,7 +114,7 @@ async def test_a_block_whose_layers_did_not_all_come_is_not_sealed(house: House)
 
 async def test_only_blocks_that_nobody_has_are_taken(house: House) -> None:
     writer = house.target()
-    await writer.store("r1", CHAIN, BLOCKS[:2], 0)
+    await stored(writer, "r1", CHAIN, BLOCKS[:2])
     async with writer.putting("r2", CHAIN, 0, 4) as put:
         assert put.wanted == [2, 3]
         await put.part(0, BLOCKS[:4])
@@ -133,7 +134,7 @@ async def test_a_writer_that_fails_in_the_middle_leaves_nothing(house: House) ->
 
 async def test_a_block_that_was_damaged_in_memory_is_not_used(house: House) -> None:
     reader = house.target()
-    await reader.store("r1", CHAIN, BLOCKS[:3], 0)
+    await stored(reader, "r1", CHAIN, BLOCKS[:3])
     block = house.store.cache.get(CHAIN[1])
     assert block is not None
     (view,) = house.store.arena.views(block.slot)
@@ -147,7 +148,7 @@ async def test_a_store_that_does_not_answer_costs_nothing_but_the_wait(house: Ho
     for method in ("Lookup", "Reserve"):
         house.bus.broken = {method}
         assert await target.fetch("r", CHAIN, 0) == []
-        await target.store("r", CHAIN, BLOCKS[:1], 0)
+        await stored(target, "r", CHAIN, BLOCKS[:1])
         target._backoff.answered()
         target._backoff._until = 0.0
     house.bus.broken = {"Lookup"}
@@ -172,10 +173,10 @@ async def test_a_store_that_ends_a_put_is_noticed_and_what_is_left_is_not_sent(h
 
 async def test_a_store_that_ended_the_session_is_connected_to_again(house: House) -> None:
     target = house.target()
-    await target.store("r", CHAIN, BLOCKS[:1], 0)
+    await stored(target, "r", CHAIN, BLOCKS[:1])
     first = (await link(target).memory()).session
     house.memory._ends[first].cancel()
-    await target.store("r", CHAIN, BLOCKS[:2], 0)
+    await stored(target, "r", CHAIN, BLOCKS[:2])
     assert (await link(target).memory()).session != first
     assert await target.fetch("r", CHAIN, 0) == BLOCKS[:2]
 
@@ -187,7 +188,7 @@ def mapped() -> int:
 async def test_the_memory_of_a_store_that_died_is_let_go(house: House) -> None:
     target = house.target()
     before = mapped()
-    await target.store("r", CHAIN, BLOCKS[:1], 0)
+    await stored(target, "r", CHAIN, BLOCKS[:1])
     assert mapped() == before + 1
     await house.memory.stop()
     house.kv._memory = house.memory = MemoryServer("kv-test-again", house.store.arena.memory, house.store.draw)
@@ -199,7 +200,7 @@ async def test_the_memory_of_a_store_that_died_is_let_go(house: House) -> None:
 
 async def test_the_arena_cannot_be_written_by_who_reads_it(house: House) -> None:
     target = house.target()
-    await target.store("r", CHAIN, BLOCKS[:1], 0)
+    await stored(target, "r", CHAIN, BLOCKS[:1])
     memory = await link(target).memory()
     with pytest.raises(TypeError):
         memory.theirs.view[0] = 1

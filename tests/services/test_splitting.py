@@ -173,6 +173,25 @@ async def test_the_request_goes_on_without_a_prefill_that_does_not_come(
     assert house.pending == 0, "a call is left behind"
 
 
+async def test_a_prompt_goes_to_the_next_where_the_registry_tells_of_a_target_that_died() -> None:
+    house = House([*both(), target("q", PREFILL), target("r", PREFILL)])
+
+    async def only_r(timeout: float) -> None:  # noqa: ASYNC109
+        if house.called[-1][1] != "r":
+            await dead(timeout)
+
+    house.prefill = only_r
+    await house.splitter().prefill(log())
+    assert house.prefills == ["p", "q", "r"]
+
+
+async def test_nobody_is_asked_twice_where_all_died() -> None:
+    house = House([*both(), target("q", PREFILL)], dead)
+    async with asyncio.timeout(10):
+        await house.splitter().prefill(log())
+    assert house.prefills == ["p", "q"]
+
+
 async def test_a_target_that_is_busy_and_answers_is_waited_for() -> None:
     house, done = House(both()), asyncio.Event()
 

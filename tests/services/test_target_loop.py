@@ -93,10 +93,25 @@ class NoDrafts:
 
 
 @dataclass
+class Put:
+    """Takes the places that it wants."""
+
+    wanted: list[int]
+    taken: dict[int, bytes] = field(default_factory=dict)
+
+    async def whole(self, blocks: dict[int, bytes]) -> None:
+        assert not set(blocks) & set(self.taken)
+        self.taken |= blocks
+
+
+@dataclass
 class MemoryPrefixes:
-    """Holds nothing, keeps what is offered; ``slow`` requests load until it is set."""
+    """Takes what is offered but for the places that it ``has``; ``slow`` requests load until it is set."""
 
     offered: dict[str, int] = field(default_factory=dict)
+    taken: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    has: set[int] = field(default_factory=set)
+    on_put: Callable[[], None] | None = None
     slow: asyncio.Event | None = None
     cost_us: int = 0
 
@@ -105,9 +120,17 @@ class MemoryPrefixes:
             await self.slow.wait()
         return []
 
-    async def store(self, request_id: str, keys: Sequence[bytes], blocks: Sequence[bytes], first: int) -> None:
-        assert len(keys) >= first + len(blocks)
-        self.offered[request_id] = first + len(blocks)
+    @asynccontextmanager
+    async def putting(self, request_id: str, keys: Sequence[bytes], first: int, count: int) -> AsyncIterator[Put]:
+        assert len(keys) >= first + count
+        put = Put([place for place in range(count) if first + place not in self.has])
+        on_put, self.on_put = self.on_put, None
+        if on_put is not None:
+            on_put()
+        yield put
+        assert sorted(put.taken) == put.wanted, "what the store lacks, and nothing else"
+        self.offered[request_id] = first + count
+        self.taken[request_id] = put.taken
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -187,8 +210,9 @@ class House:
         return session
 
     async def idle(self) -> None:
-        """Until every session is forgotten, and its pages are back."""
+        """Until every session is forgotten, its blocks offered, and its pages back."""
         await until(lambda: not self.loop.sessions)
+        await self.loop._background.drain()
         await self.loop._in_thread(lambda: None)
 
 
@@ -292,6 +316,33 @@ async def test_only_blocks_of_committed_tokens_are_offered_to_the_store(model: M
         # The last token's KV is never computed: nothing follows it.
         committed = len(PROMPT) + len(here.journal.log("r").tokens)
         assert here.prefixes.offered["r"] == (committed - 1) // PAGE_TOKENS
+
+
+async def test_of_what_the_store_has_nothing_is_read_from_the_cache(model: Model) -> None:
+    prompt = PROMPT * 20  # more blocks than are read at once
+    async with house(model) as here:
+        here.prefixes.has = {0, 1, 3}
+        free = here.engine.cache.free_tokens
+        await here.add("r", 8, prompt)
+        await here.idle()
+        offered, taken = here.prefixes.offered["r"], here.prefixes.taken["r"]
+        assert sorted(taken) == [place for place in range(offered) if place not in {0, 1, 3}]
+        await here.add("again", 8, prompt)
+        await here.idle()
+        assert here.prefixes.taken["again"] == taken
+        assert here.engine.cache.free_tokens == free, "a page is still held"
+
+
+async def test_blocks_that_are_lost_on_their_way_to_the_store_are_not_stored(model: Model) -> None:
+    async with house(model) as here:
+        here.prefixes.on_put = here.engine.forget
+        await here.add("r", 8, PROMPT * 20)
+        await here.idle()
+        assert here.prefixes.on_put is None
+        assert here.prefixes.offered == {}, "what pages of another time held was offered"
+        await here.add("next", 8)
+        await here.idle()
+        assert "next" in here.prefixes.offered
 
 
 async def test_requests_whose_kv_does_not_fit_together_are_preempted_and_all_end_with_their_own_tokens(

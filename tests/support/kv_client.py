@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from countersign.services.protocol.checksum import checksum
 from countersign.services.runtime.errors import Unavailable
 from countersign.services.runtime.rpc import Channel
+from countersign.services.target.prefixes import Prefixes
 from countersign.v1.kv_pb2 import (
     BlockId,
     BlockKind,
@@ -123,3 +124,9 @@ class GrpcBus:
         reply = await self.channel.unary(f"/countersign.v1.KvService/{method}", request, reply_type, timeout)
         self.replies[method] = reply
         return reply
+
+
+async def stored(target: Prefixes, name: str, keys: Sequence[bytes], blocks: Sequence[bytes]) -> None:
+    """A target puts a chain's first blocks."""
+    async with target.putting(name, keys, 0, len(blocks)) as put:
+        await put.whole(dict(enumerate(blocks)))

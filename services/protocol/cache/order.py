@@ -12,6 +12,10 @@ Entry = tuple[float, int, bytes]
 """Rank, generation, key: holds while the block has this rank and generation."""
 
 
+# How much of the mean cost the block counts that is used now.
+_LEARN = 0.05
+
+
 class Policy(Protocol):
     """Gives a block that is used its rank; the lowest is evicted first."""
 
@@ -39,18 +43,28 @@ class Recency:
 class Cost:
     """GreedyDual-Size-Frequency (Cherkasova 1998): time of recomputation saved per byte, frequency and recency in one.
 
-    A rank is ``age + uses * cost / size``; ``age`` is the rank of the last block that went, so that what is not used
-    any more falls behind, however dear. A block of unknown cost counts a unit per byte.
+    A rank is ``age + uses * cost / size``, where a byte costs 1 at the mean of the costs that were told; ``age`` is the
+    rank of the last block that went, so that what is not used any more falls behind, however dear. A block of unknown
+    cost, such as one that the disk kept over a restart, counts as one of mean cost.
     """
 
     def __init__(self) -> None:
         self._age = 0.0
         self._uses = 0
+        self._mean = 0.0
 
     def used(self, block: Block) -> float:
         # Equal ranks go in order of use: what a use adds stays far below any difference of cost.
         self._uses += 1
-        return self._age + block.uses * (block.cost or block.size) / block.size + self._uses * 1e-9
+        return self._age + block.uses * self._relative(block) + self._uses * 1e-9
+
+    def _relative(self, block: Block) -> float:
+        """What a byte of it costs, in means."""
+        if not block.cost:
+            return 1.0
+        cost = block.cost / block.size
+        self._mean += (cost - self._mean) * _LEARN if self._mean else cost
+        return cost / self._mean
 
     def evicted(self, block: Block) -> None:
         self._age = max(self._age, block.rank)

@@ -6,7 +6,8 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from countersign.batch.plan import PAGE_TOKENS, BatchPlan, Job
+from countersign.batch.plan import BatchPlan, Job
+from countersign.services.protocol.keys import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Admission:
     def __init__(self, plan: BatchPlan, jobs: Sequence[Job], tokens: int, most: int) -> None:
         self._needs = _needs(plan, jobs)
         self._waiting = deque(plan.order)
-        self._free = tokens // PAGE_TOKENS
+        self._free = tokens // BLOCK_TOKENS
         self._most = most
         self._flying: set[int] = set()
         self._holders: Counter[int] = Counter()
@@ -78,10 +79,10 @@ def _needs(plan: BatchPlan, jobs: Sequence[Job]) -> dict[int, _Need]:
         while index is not None:
             node = tree.nodes[index]
             above = 0 if node.parent is None else tree.nodes[node.parent].depth
-            pages = node.depth // PAGE_TOKENS - above // PAGE_TOKENS
+            pages = node.depth // BLOCK_TOKENS - above // BLOCK_TOKENS
             if pages:
                 shared.append((index, pages))
             index = node.parent
-        whole = -(-(len(job.token_ids) + job.max_tokens) // PAGE_TOKENS)
-        needs[tree.order[place]] = _Need(whole - tree.nodes[deepest].depth // PAGE_TOKENS, shared)
+        whole = -(-(len(job.token_ids) + job.max_tokens) // BLOCK_TOKENS)
+        needs[tree.order[place]] = _Need(whole - tree.nodes[deepest].depth // BLOCK_TOKENS, shared)
     return needs

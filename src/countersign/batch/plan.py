@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from countersign.batch.prefix_tree import Node, PrefixTree
-
-PAGE_TOKENS = 16
+from countersign.services.protocol.keys import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ def plan_batch(jobs: Sequence[Job]) -> BatchPlan:
 
 def shareable(tokens: int) -> int:
     """Those in whole pages: what a cache can share of a prefix."""
-    return tokens // PAGE_TOKENS * PAGE_TOKENS
+    return tokens // BLOCK_TOKENS * BLOCK_TOKENS
 
 
 def _flatten(tree: PrefixTree) -> tuple[int, list[bool]]:
