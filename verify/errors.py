@@ -9,6 +9,7 @@
     └── NotCheckable           nothing wrong was found, but something that the check needs is missing
 
     KeyFileError               a key file that cannot be used; not about a receipt
+    LogFolderError             a log folder that cannot be used, or holds something else than was written
 
 Each carries its evidence: what was expected and what was found.
 """
@@ -60,6 +61,10 @@ class NotCheckable(VerificationError):
 
 class KeyFileError(Exception):
     """The message names the file and says what to do."""
+
+
+class LogFolderError(Exception):
+    """The message names the folder or file and says what to do."""
 
 
 def _text(value: object) -> str:

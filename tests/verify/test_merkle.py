@@ -96,6 +96,71 @@ def test_a_tree_cannot_be_claimed_to_be_smaller_than_it_is() -> None:
     assert not merkle.verify_inclusion(leaves[1], 0, 1, [leaves[0]], root)
 
 
+def proof_of_definition(old: int, leaves: list[bytes], whole: bool = True) -> list[bytes]:
+    """SUBPROOF of RFC 9162 section 2.1.4.1, word for word."""
+    if old == len(leaves):
+        return [] if whole else [definition(leaves)]
+    half = 1 << ((len(leaves) - 1).bit_length() - 1)
+    if old <= half:
+        return [*proof_of_definition(old, leaves[:half], whole), definition(leaves[half:])]
+    return [*proof_of_definition(old - half, leaves[half:], False), definition(leaves[:half])]
+
+
+@given(LEAVES, st.data())
+def test_a_consistency_proof_is_the_one_of_the_definition_and_holds(leaves: list[bytes], data: st.DataObject) -> None:
+    old = data.draw(st.integers(1, len(leaves)))
+    path = merkle.consistency_path(leaves, old)
+    assert path == proof_of_definition(old, leaves)
+    assert merkle.verify_consistency(old, len(leaves), merkle.root(leaves[:old]), merkle.root(leaves), path)
+
+
+@given(LEAVES, st.data())
+def test_a_log_that_rewrote_an_old_entry_has_no_consistency_proof(leaves: list[bytes], data: st.DataObject) -> None:
+    old = data.draw(st.integers(1, len(leaves)))
+    rewritten = data.draw(st.integers(0, old - 1))
+    other = [*leaves[:rewritten], merkle.leaf_hash(b"something else, longer"), *leaves[rewritten + 1 :]]
+    before, after = merkle.root(leaves[:old]), merkle.root(other)
+    for path in (merkle.consistency_path(leaves, old), merkle.consistency_path(other, old)):
+        assert not merkle.verify_consistency(old, len(leaves), before, after, path)
+
+
+@given(LEAVES, st.data())
+def test_a_touched_consistency_proof_is_refused(leaves: list[bytes], data: st.DataObject) -> None:
+    old, new = data.draw(st.integers(1, len(leaves))), len(leaves)
+    before, after, path = merkle.root(leaves[:old]), merkle.root(leaves), merkle.consistency_path(leaves, old)
+    spoiled = [bytes([part[0] ^ 1]) + part[1:] for part in path]
+    changed = [[*path[:step], spoiled[step], *path[step + 1 :]] for step in range(len(path))]
+    wrong = [*changed, [*path, after], [after, *path], [*path, *([after] * merkle.MAX_PATH)], [b"short", *path[1:]]]
+    for other in (*wrong, path[:-1] if path else [before]):
+        assert not merkle.verify_consistency(old, new, before, after, other)
+    if old < new:
+        assert not merkle.verify_consistency(old, new, after, before, path)
+        assert not merkle.verify_consistency(new, old, after, before, path)
+
+
+def test_the_empty_tree_begins_every_tree_and_nothing_else_does() -> None:
+    leaves = [merkle.leaf_hash(entry) for entry in ENTRIES]
+    empty, full = merkle.root([]), merkle.root(leaves)
+    assert merkle.consistency_path(leaves, 0) == []
+    assert merkle.verify_consistency(0, 8, empty, full, [])
+    assert merkle.verify_consistency(0, 0, empty, empty, [])
+    assert not merkle.verify_consistency(0, 8, full, full, [])
+    assert not merkle.verify_consistency(8, 8, empty, full, [])
+    assert not merkle.verify_consistency(-1, 8, empty, full, [])
+    for old in (-1, 9):
+        with pytest.raises(IndexError):
+            merkle.consistency_path(leaves, old)
+
+
+@given(LEAVES)
+def test_a_frontier_has_the_root_of_all_that_was_appended(leaves: list[bytes]) -> None:
+    frontier = merkle.Frontier()
+    assert frontier.root() == merkle.root([])
+    for size, leaf in enumerate(leaves, 1):
+        frontier.append(leaf)
+        assert (frontier.size, frontier.root()) == (size, merkle.root(leaves[:size]))
+
+
 def test_an_inner_node_does_not_pass_for_a_leaf() -> None:
     leaves = [merkle.leaf_hash(entry) for entry in ENTRIES[:2]]
     entry = leaves[0] + leaves[1]
