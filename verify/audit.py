@@ -138,10 +138,18 @@ class _Audit:
         if report.failures:
             return LevelReport("tokens", "fail", "; ".join(report.failures), report.figures)
         notes = "".join(f"; not checked: {note}" for note in report.unchecked)
-        return LevelReport("tokens", "pass", _praise(report.figures) + notes, report.figures)
+        if report.outcome == "inconclusive":
+            needed, size = report.figures["tokens_needed"], report.figures["sample_size"]
+            why = f"nothing is wrong with the {size:.0f} tokens, but it takes {needed:.0f} to say more"
+            return LevelReport(
+                "tokens", "inconclusive", why + notes, report.figures, "audit longer answers, or several"
+            )
+        return LevelReport("tokens", "pass", f"{_praise(report.figures)} ({report.source}){notes}", report.figures)
 
 
 def _praise(figures: Mapping[str, float]) -> str:
     matches, size = figures["exact_matches"], figures["sample_size"]
     mean, limit = figures["mean_score"], figures["mean_threshold"]
-    return f"{matches:.0f} of {size:.0f} tokens are the reference's own choice, mean score {mean:.4f} (limit {limit:g})"
+    return (
+        f"{matches:.0f} of {size:.0f} tokens are the reference's own choice, mean score {mean:.4f}, limit {limit:.3g}"
+    )

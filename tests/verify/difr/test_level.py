@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from countersign.services.engine.text import Tokenizer
-from countersign.verify.difr import (
-    CHUNK,
-    CLIP,
-    THRESHOLDS,
-    Reference,
-    Thresholds,
-    TokenReport,
-    audit_tokens,
-    binomial_tail,
-    judge,
-    load_reference,
-    stop_string_position,
-    too_many,
-)
+from countersign.verify.difr import CHUNK, THRESHOLDS, Reference, TokenReport, audit_tokens, load_reference
+from countersign.verify.difr.level import stop_string_position
 from countersign.verify.errors import NotCheckable
 from countersign.verify.receipt import Openings
 from countersign.verify.testing import (
@@ -77,6 +62,7 @@ def test_an_honest_answer_passes_with_every_token_matched(reference: Reference, 
     output = generate(reference, PROMPT, asked, TOKENS)
     report = run(output, asked, finish_reason="stop" if output[-1] == END_TOKEN else "length")
     assert report.failures == ()
+    assert report.outcome == "pass"
     assert report.figures["exact_matches"] == report.figures["sample_size"] == len(output)
     assert report.figures["mean_score"] == report.figures["exceedances"] == report.figures["out_of_support"] == 0
 
@@ -117,7 +103,7 @@ def test_an_answer_with_another_seed_is_caught(reference: Reference, run: Auditi
     output = generate(reference, PROMPT, Asked(seed=43), TOKENS)
     report = run(output, Asked(seed=42))
     assert report.failures
-    assert report.figures["mean_score"] > 10 * THRESHOLDS["fp32"].mean
+    assert report.figures["mean_score"] > report.figures["mean_threshold"]
 
 
 def test_an_answer_with_a_wider_nucleus_has_tokens_out_of_support(reference: Reference, run: Auditing) -> None:
@@ -146,9 +132,9 @@ def test_an_honest_answer_in_bf16_passes_by_the_thresholds_of_bf16(folder: Path)
     output = generate(reference, PROMPT, asked, TOKENS)
     report = audit_tokens(reference, *example_receipt(PROMPT, output, model=model, asked=asked))
     assert report.failures == ()
-    assert report.figures["tolerance"] == THRESHOLDS["bf16"].tolerance
+    assert report.figures["tolerance"] == THRESHOLDS["bf16"].limits[-1].tolerance
     spoiled = audit_tokens(reference, *example_receipt(PROMPT, output[::-1], model=model, asked=asked))
-    assert spoiled.failures
+    assert spoiled.outcome == "fail"
 
 
 def test_token_ids_outside_the_vocabulary_are_refused_before_the_model_runs(run: Auditing) -> None:
@@ -172,6 +158,16 @@ def test_an_uncoupled_answer_is_not_checkable(reference: Reference) -> None:
     uncoupled = dataclasses.replace(receipt, request=dataclasses.replace(receipt.request, coupling="none"))
     with pytest.raises(NotCheckable, match="coupled"):
         audit_tokens(reference, uncoupled, openings)
+
+
+def test_an_answer_too_short_to_say_anything_is_inconclusive_unless_it_is_wrong(
+    reference: Reference, run: Auditing
+) -> None:
+    output = generate(reference, PROMPT, Asked(), 3)
+    report = run(output, Asked())
+    assert (report.outcome, report.failures) == ("inconclusive", ())
+    assert report.figures["tokens_needed"] > 3
+    assert run([(output[0] + 1) % 256, *output[1:]], Asked()).outcome == "fail"
 
 
 def test_an_answer_without_tokens_is_not_checkable(reference: Reference) -> None:
@@ -249,49 +245,3 @@ def test_a_stop_string_counts_only_when_its_last_character_is_whole(folder: Path
     openings = Openings(bytes(32), (1,), output, ("é",))
     assert stop_string_position(tokenizer, openings) == 3
     assert stop_string_position(tokenizer, dataclasses.replace(openings, output_token_ids=output[:3])) is None
-
-
-FP32, BF16 = THRESHOLDS["fp32"], THRESHOLDS["bf16"]
-
-
-def test_in_fp32_one_token_beyond_the_tolerance_is_enough() -> None:
-    honest = [0.0] * 9999
-    assert judge([*honest, FP32.tolerance], FP32)[0] == ()
-    assert len(judge([*honest, FP32.tolerance * 1.01], FP32)[0]) == 1
-    assert len(judge([*honest, math.inf], FP32)[0]) == 1
-
-
-def test_in_bf16_it_takes_more_outliers_than_chance_explains() -> None:
-    assert judge([0.0] * 98 + [0.4, math.inf], BF16)[0] == ()
-    assert len(judge([0.0] * 93 + [0.3] * 7, BF16)[0]) == 2  # the count, and the mean with it
-    assert len(judge([0.0] * 993 + [math.inf] * 7, BF16)[0]) == 0
-    assert "drawn" in judge([0.0] * 975 + [math.inf] * 25, BF16)[0][0]
-
-
-def test_many_small_deviations_are_found_by_the_mean_alone() -> None:
-    failures, figures = judge([0.04] * 1000, BF16)
-    assert figures["exceedances"] == 0
-    assert len(failures) == 1
-    assert "mean" in failures[0]
-
-
-def test_one_wild_score_counts_in_the_mean_as_much_as_the_clip() -> None:
-    _, figures = judge([1e9, 0.0, math.inf, 0.0], Thresholds(1.0, 0.5, 1.0))
-    assert figures["mean_score"] == 2 * CLIP / 4
-    assert figures["max_score"] == 1e9
-
-
-@given(st.integers(1, 40), st.floats(0.001, 0.5), st.data())
-def test_the_binomial_tail_is_the_sum_of_its_chances(size: int, rate: float, data: st.DataObject) -> None:
-    count = data.draw(st.integers(0, size))
-    exact = math.fsum(math.comb(size, k) * rate**k * (1 - rate) ** (size - k) for k in range(count, size + 1))
-    assert binomial_tail(count, size, rate) == pytest.approx(exact, rel=1e-9)
-
-
-def test_too_many_is_what_chance_does_not_explain_and_none_is_never_too_many() -> None:
-    assert not too_many(0, 10, 0.0)
-    assert not too_many(0, 10, 0.01)
-    assert too_many(1, 10, 0.0)
-    assert not too_many(1, 10, 0.01)  # one token in ten, as one answer in ten has by chance
-    assert too_many(3, 10, 0.01)
-    assert too_many(10, 10, 0.01)
