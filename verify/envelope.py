@@ -20,7 +20,7 @@ from cwt.exceptions import CWTError
 
 from countersign.verify import cbor
 from countersign.verify.errors import BadSignature, Malformed
-from countersign.verify.openings import Openings, from_cbor, to_cbor
+from countersign.verify.partial import Disclosure, from_cbor, to_cbor
 
 CONTENT_TYPE = "application/vnd.countersign.receipt+cbor"
 MAX_RECEIPT_BYTES = 16 * 1024 * 1024
@@ -39,7 +39,7 @@ class Envelope:
     """A receipt taken apart, nothing verified."""
 
     protected: bytes
-    openings: Openings | None
+    openings: Disclosure | None
     payload: bytes
     signature: bytes
     key_id: bytes
@@ -60,7 +60,7 @@ def key_id(key: Ed25519PublicKey) -> bytes:
     return hashlib.sha256(key.public_bytes_raw()).digest()
 
 
-def seal(payload: bytes, openings: Openings | None, key: Ed25519PrivateKey) -> Envelope:
+def seal(payload: bytes, openings: Disclosure | None, key: Ed25519PrivateKey) -> Envelope:
     """Signs the payload."""
     kid = key_id(key.public_key())
     protected = cbor.dumps({_ALG: _EDDSA, _CONTENT_TYPE: CONTENT_TYPE, _KID: kid})
@@ -108,7 +108,7 @@ def _key_id_in(protected: bytes) -> bytes:
     raise Malformed("the protected header is not algorithm EdDSA, the content type of receipts and a key id")
 
 
-def _openings(unprotected: dict[object, object]) -> Openings | None:
+def _openings(unprotected: dict[object, object]) -> Disclosure | None:
     if not unprotected:
         return None
     if set(unprotected) != {_OPENINGS}:

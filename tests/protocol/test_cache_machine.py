@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from cache_rules import CacheRules, Violated, reach, run
-from tiered_rules import TieredRules
+from cache_rules import CacheRules, TieredRules, Violated, reach, run
 
 from countersign.services.protocol import keys
 from countersign.services.protocol.cache import Block, BlockCache, Copy, Tier
