@@ -1,6 +1,6 @@
 """The audit of one receipt, level by level.
 
-    form     signed by a trusted key, and not nonsense                ReceiptVerifier.form
+    form     signed by a trusted key, logged, and not nonsense        TrustRules.form
     count    the disclosed answer is the one signed and billed        ReceiptVerifier.count
     tokens   each token is what the reference weights sample          difr
 
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from countersign.verify.errors import NotCheckable, Untrusted, VerificationError
-from countersign.verify.receipt import Openings, PartialOpenings, Receipt, ReceiptVerifier, SignedReceipt, parse
+from countersign.verify.receipt import Openings, ReceiptVerifier, SignedReceipt, parse
+from countersign.verify.trust import Trusted, TrustPolicy, TrustRules
 
 if TYPE_CHECKING:
     from countersign.verify.difr import Reference
@@ -27,7 +28,6 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 Dtype = Literal["fp32", "bf16"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
-_OPEN_HIDDEN = "only an auditor to whom the provider opens the hidden tokens can count and check them"
 _SEVERITY: tuple[Outcome, ...] = ("pass", "inconclusive", "fail")
 
 
@@ -54,7 +54,8 @@ class AuditReport:
 def audit(
     data: bytes,
     *,
-    trusted_keys: Iterable[Ed25519PublicKey],
+    trusted_keys: Iterable[Ed25519PublicKey] = (),
+    policy: TrustPolicy | None = None,
     reference: Callable[[Dtype], Reference] | None,
     levels: Collection[Level] = LEVELS,
 ) -> AuditReport:
@@ -63,11 +64,12 @@ def audit(
     Args:
         data: The receipt with or without openings.
         trusted_keys: Keys whose signature counts. Without any, the form level is inconclusive.
+        policy: In place of ``trusted_keys`` where logs, witnesses or clocks count too.
         reference: Gives the reference model in the dtype that the receipt declares; called only for the tokens
             level. May raise NotCheckable.
         levels: The levels asked for; those before the last of them run too.
     """
-    auditor = _Audit(data, ReceiptVerifier(trusted_keys), reference)
+    auditor = _Audit(data, policy or TrustPolicy(tuple(trusted_keys)), reference)
     wanted = LEVELS[: max((LEVELS.index(level) for level in levels), default=len(LEVELS) - 1) + 1]
     reports: list[LevelReport] = []
     for level in wanted:
@@ -96,45 +98,32 @@ def _outcome_of(level: Level, auditor: _Audit) -> LevelReport:
 class _Audit:
     """What the levels hand on to each other."""
 
-    def __init__(self, data: bytes, verifier: ReceiptVerifier, reference: Callable[[Dtype], Reference] | None) -> None:
+    def __init__(self, data: bytes, policy: TrustPolicy, reference: Callable[[Dtype], Reference] | None) -> None:
         self._data = data
-        self._verifier = verifier
+        self._policy = policy
         self._reference = reference
         self._openings: Openings | None = None
         self.signed: SignedReceipt | None = None
 
     def form(self) -> LevelReport:
         self.signed = parse(self._data)
-        self.signed = self._verifier.form(self._data)
-        signer = self.signed.key_id.hex()[:16]
-        return LevelReport("form", "pass", f"signed by trusted key {signer}, well formed and without contradiction")
+        trusted = TrustRules(self._policy).form(self._data)
+        self.signed = trusted.signed
+        return LevelReport("form", "pass", _praise_form(trusted))
 
     def count(self) -> LevelReport:
         if self.signed is None:
             raise NotCheckable("the receipt was not read")
-        opened = self._verifier.count(self.signed)
-        if isinstance(opened, PartialOpenings):
-            return _partly_counted(self.signed.receipt)
-        self._openings = opened
-        prompt, output = len(opened.prompt_token_ids), len(opened.output_token_ids)
-        figures = {
-            "prompt_tokens": float(prompt),
-            "output_tokens": float(output),
-            "hidden_tokens": float(self.signed.receipt.output.hidden),
-        }
+        self._openings = ReceiptVerifier(()).count(self.signed)
+        prompt, output = len(self._openings.prompt_token_ids), len(self._openings.output_token_ids)
+        figures = {"prompt_tokens": float(prompt), "output_tokens": float(output)}
         return LevelReport(
             "count", "pass", f"the {output} tokens disclosed for a prompt of {prompt} are those signed for", figures
         )
 
     def tokens(self) -> LevelReport:
         if self.signed is None or self._openings is None:
-            hidden = self.signed is not None and self.signed.openings is not None
-            raise NotCheckable(
-                "hidden tokens are not disclosed, and every later token depends on them"
-                if hidden
-                else "the tokens are not disclosed, so there is nothing to compare",
-                help=_OPEN_HIDDEN if hidden else "",
-            )
+            raise NotCheckable("the tokens are not disclosed, so there is nothing to compare")
         if self._reference is None:
             raise NotCheckable(
                 "no reference model to compare with", help="name the folder of its weights (--model FOLDER)"
@@ -161,20 +150,12 @@ class _Audit:
         return LevelReport("tokens", "pass", f"{_praise(report.figures)} ({report.source}){notes}", report.figures)
 
 
-def _partly_counted(receipt: Receipt) -> LevelReport:
-    """The visible tokens are the signed ones; that there are tokens behind the hidden leaves is not known."""
-    request, output = receipt.request, receipt.output
-    figures = {
-        "prompt_tokens": float(request.prompt_tokens),
-        "output_tokens": float(output.tokens),
-        "visible_tokens": float(output.visible),
-        "hidden_tokens": float(output.hidden),
-    }
-    summary = (
-        f"the {output.visible} visible tokens and the prompt are those signed for; {output.hidden} hidden tokens are "
-        "signed for too, but nobody has counted them here"
-    )
-    return LevelReport("count", "inconclusive", summary, figures, _OPEN_HIDDEN)
+def _praise_form(trusted: Trusted) -> str:
+    parts = [f"signed by trusted key {trusted.signed.key_id.hex()[:16]}, well formed and without contradiction"]
+    parts += [f"entry {part.index} of {part.size} of {part.origin}" for part in trusted.included]
+    if trusted.witnesses:
+        parts.append(f"seen by {trusted.witnesses} witness{'es' if trusted.witnesses > 1 else ''}")
+    return "; ".join((*parts, *(f"not checked: {note}" for note in trusted.unchecked)))
 
 
 def _praise(figures: Mapping[str, float]) -> str:

@@ -1,11 +1,13 @@
 """The envelope: a COSE_Sign1 (RFC 9052 section 4.2) with Ed25519, and openings that can be cut off.
 
     18([ << {1: -8, 3: "application/vnd.countersign.receipt+cbor", 4: key id} >>,   protected header, signed
-         {-70600: openings} or {},                                                 unprotected header, not signed
+         {394: [COSE receipts], -70600: openings, -70601: checkpoint},             unprotected header, not signed
          << payload >>, signature of 64 bytes ])
 
 The key id is the SHA-256 of the raw public key, whole. The openings lie outside the signature, as SD-CWT carries its
 disclosures; what binds them are the salted digests in the payload. So ``strip`` cuts them off and the rest stays valid.
+So it is with what a log gives: proofs that the receipt is in it (RFC 9942 section 4) and a signed checkpoint. Each part
+of the unprotected header may be absent.
 """
 
 from __future__ import annotations
@@ -13,25 +15,24 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import cbor2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cwt import COSE, COSEKey
-from cwt.exceptions import CWTError
 
 from countersign.verify import cbor
-from countersign.verify.errors import BadSignature, Malformed
-from countersign.verify.partial import Disclosure, from_cbor, to_cbor
+from countersign.verify.cose import ALG, EDDSA, KEY_ID_SIZE, KID, SIGN1_TAG, encode1, key_id, sign1, verify1
+from countersign.verify.cose import CONTENT_TYPE as CTY
+from countersign.verify.errors import Malformed
+from countersign.verify.openings import Openings, from_cbor, to_cbor
 
 CONTENT_TYPE = "application/vnd.countersign.receipt+cbor"
 MAX_RECEIPT_BYTES = 16 * 1024 * 1024
+MAX_PROOFS = 8
+MAX_PROOF_BYTES = 4096
+MAX_CHECKPOINT_BYTES = 16 * 1024
 MAX_PAYLOAD_BYTES = 65_000
 """So that a receipt without openings fits into an entry of a transparency log (65,535 bytes)."""
 
-_SIGN1_TAG = 18
-_EDDSA = -8
-_ALG, _CONTENT_TYPE, _KID = 1, 3, 4  # RFC 9052 table 3
-_OPENINGS = -70600  # of the range for private use, below -65536 (RFC 9052 section 11.1)
-_KTY, _CRV, _X, _D, _OKP, _ED25519 = 1, -1, -2, -4, 1, 6  # RFC 9053 table 20
+_RECEIPTS = 394  # RFC 9942
+_OPENINGS, _CHECKPOINT = -70600, -70601  # of the range for private use, below -65536 (RFC 9052 section 11.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,34 +40,37 @@ class Envelope:
     """A receipt taken apart, nothing verified."""
 
     protected: bytes
-    openings: Disclosure | None
+    openings: Openings | None
     payload: bytes
     signature: bytes
     key_id: bytes
+    proofs: tuple[bytes, ...] = ()
+    checkpoint: bytes | None = None
 
     def encode(self) -> bytes:
         """The receipt's bytes."""
-        unprotected = {} if self.openings is None else {_OPENINGS: to_cbor(self.openings)}
-        return cbor.dumps(cbor2.CBORTag(_SIGN1_TAG, [self.protected, unprotected, self.payload, self.signature]))
+        unprotected: dict[int, object] = {}
+        if self.proofs:
+            unprotected[_RECEIPTS] = list(self.proofs)
+        if self.openings is not None:
+            unprotected[_OPENINGS] = to_cbor(self.openings)
+        if self.checkpoint is not None:
+            unprotected[_CHECKPOINT] = self.checkpoint
+        return encode1(self.protected, unprotected, self.payload, self.signature)
+
+    def bare(self) -> bytes:
+        """The receipt's bytes without anything that is not signed: its entry in a transparency log."""
+        return Envelope(self.protected, None, self.payload, self.signature, self.key_id).encode()
 
     def digest(self) -> bytes:
-        """SHA-256 (32 bytes) of the receipt without openings: its name in the log, the same whether stripped or not."""
-        bare = Envelope(self.protected, None, self.payload, self.signature, self.key_id)
-        return hashlib.sha256(bare.encode()).digest()
+        """SHA-256 (32 bytes) of the bare receipt: its name, the same whatever travels with it."""
+        return hashlib.sha256(self.bare()).digest()
 
 
-def key_id(key: Ed25519PublicKey) -> bytes:
-    """SHA-256 (32 bytes) of the raw public key."""
-    return hashlib.sha256(key.public_bytes_raw()).digest()
-
-
-def seal(payload: bytes, openings: Disclosure | None, key: Ed25519PrivateKey) -> Envelope:
+def seal(payload: bytes, openings: Openings | None, key: Ed25519PrivateKey) -> Envelope:
     """Signs the payload."""
     kid = key_id(key.public_key())
-    protected = cbor.dumps({_ALG: _EDDSA, _CONTENT_TYPE: CONTENT_TYPE, _KID: kid})
-    signer = COSEKey.new(_cose_key(key.public_key()) | {_D: key.private_bytes_raw()})
-    sealed = COSE.new().encode_and_sign(payload, signer, {_ALG: _EDDSA, _CONTENT_TYPE: CONTENT_TYPE, _KID: kid})
-    signature = cbor2.loads(sealed).value[3]
+    protected, signature = sign1({ALG: EDDSA, CTY: CONTENT_TYPE, KID: kid}, payload, key)
     return Envelope(protected, openings, payload, signature, kid)
 
 
@@ -80,9 +84,19 @@ def unseal(data: bytes) -> Envelope:
         raise Malformed("there is nothing in it: a receipt has at least some hundred bytes")
     if len(data) > MAX_RECEIPT_BYTES:
         raise Malformed("larger than any receipt", limit=MAX_RECEIPT_BYTES)
-    match cbor.loads(data, tag=_SIGN1_TAG):
+    match cbor.loads(data, tag=SIGN1_TAG):
         case [bytes(protected), dict(unprotected), bytes(payload), bytes(signature)]:
-            return Envelope(protected, _openings(unprotected), payload, signature, _key_id_in(protected))
+            if not set(unprotected) <= {_RECEIPTS, _OPENINGS, _CHECKPOINT}:
+                raise Malformed("the unprotected header holds something else than openings and what a log gives")
+            return Envelope(
+                protected=protected,
+                openings=_openings(unprotected),
+                payload=payload,
+                signature=signature,
+                key_id=_key_id_in(protected),
+                proofs=_proofs(unprotected),
+                checkpoint=_checkpoint(unprotected),
+            )
     raise Malformed("not a COSE_Sign1 with its payload inside")
 
 
@@ -92,29 +106,36 @@ def check_signature(envelope: Envelope, key: Ed25519PublicKey) -> None:
     Raises:
         BadSignature: it is not this key's.
     """
-    message = cbor2.CBORTag(_SIGN1_TAG, [envelope.protected, {}, envelope.payload, envelope.signature])
-    verifier = COSEKey.new(_cose_key(key) | {2: envelope.key_id})
-    try:
-        COSE.new().decode(message, verifier)
-    except (CWTError, ValueError) as error:
-        raise BadSignature("the signature is not the key's over these bytes", key=envelope.key_id) from error
+    verify1(envelope.protected, envelope.payload, envelope.signature, key)
 
 
 def _key_id_in(protected: bytes) -> bytes:
     match cbor.loads(protected):
         case {1: -8, 3: str(content_type), 4: bytes(kid), **more}:
-            if content_type == CONTENT_TYPE and len(kid) == hashlib.sha256().digest_size and not more:
+            if content_type == CONTENT_TYPE and len(kid) == KEY_ID_SIZE and not more:
                 return kid
     raise Malformed("the protected header is not algorithm EdDSA, the content type of receipts and a key id")
 
 
-def _openings(unprotected: dict[object, object]) -> Disclosure | None:
-    if not unprotected:
-        return None
-    if set(unprotected) != {_OPENINGS}:
-        raise Malformed("the unprotected header holds something else than openings")
-    return from_cbor(unprotected[_OPENINGS])
+def _proofs(unprotected: dict[object, object]) -> tuple[bytes, ...]:
+    proofs = unprotected.get(_RECEIPTS, ())
+    if isinstance(proofs, list) and 1 <= len(proofs) <= MAX_PROOFS:
+        found = tuple(proof for proof in proofs if isinstance(proof, bytes) and 0 < len(proof) <= MAX_PROOF_BYTES)
+        if len(found) == len(proofs):
+            return found
+    if _RECEIPTS in unprotected:
+        raise Malformed("header 394 is not a few COSE receipts of at most 4 KiB")
+    return ()
 
 
-def _cose_key(key: Ed25519PublicKey) -> dict[int, int | bytes]:
-    return {_KTY: _OKP, _CRV: _ED25519, _X: key.public_bytes_raw()}
+def _checkpoint(unprotected: dict[object, object]) -> bytes | None:
+    note = unprotected.get(_CHECKPOINT)
+    if isinstance(note, bytes) and 0 < len(note) <= MAX_CHECKPOINT_BYTES:
+        return note
+    if _CHECKPOINT in unprotected:
+        raise Malformed("the checkpoint in the unprotected header is not a note of at most 16 KiB")
+    return None
+
+
+def _openings(unprotected: dict[object, object]) -> Openings | None:
+    return from_cbor(unprotected[_OPENINGS]) if _OPENINGS in unprotected else None

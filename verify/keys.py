@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from countersign.verify.envelope import key_id
+from countersign.verify.cose import key_id
 from countersign.verify.errors import KeyFileError
 
 MAX_KEY_FILE_BYTES = 4096

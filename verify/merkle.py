@@ -97,11 +97,6 @@ def consistency_ranges(old: int, new: int) -> list[tuple[int, int]]:
     return own + list(_siblings(begin, old, new))
 
 
-def split(size: int) -> int:
-    """How many of ``size`` (2 or more) leaves lie left of the root: the largest power of two below it."""
-    return 1 << ((size - 1).bit_length() - 1)
-
-
 def inclusion_path(leaves: Sequence[bytes], index: int) -> list[bytes]:
     """The siblings from leaf ``index`` up to the root, lowest first (RFC 9162 section 2.1.3.1).
 
@@ -125,12 +120,20 @@ def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], 
 
     False for anything that does not fit: an index out of range, a path too short, too long or with odd-sized hashes.
     """
+    return root_of_inclusion(leaf, index, size, path) == expected_root
+
+
+def root_of_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> bytes | None:
+    """The root that an inclusion proof leads to; None if it cannot be one.
+
+    Index and size are only as true as what says them: one root has proofs for several of them.
+    """
     if not 0 <= index < size or len(path) > MAX_PATH or not _hashes([leaf, *path]):
-        return False
+        return None
     node, position, last = leaf, index, size - 1
     for sibling in path:
         if last == 0:
-            return False
+            return None
         if position % 2 == 1 or position == last:
             node = node_hash(sibling, node)
             while position % 2 == 0 and position != 0:
@@ -138,7 +141,7 @@ def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], 
         else:
             node = node_hash(node, sibling)
         position, last = position >> 1, last >> 1
-    return last == 0 and node == expected_root
+    return node if last == 0 else None
 
 
 def verify_consistency(old: int, new: int, old_root: bytes, new_root: bytes, path: Sequence[bytes]) -> bool:
@@ -152,15 +155,27 @@ def verify_consistency(old: int, new: int, old_root: bytes, new_root: bytes, pat
     if old in (0, new):
         return not path and (old_root == new_root if old == new else old_root == EMPTY_ROOT)
     steps = list(path) if old & (old - 1) else [old_root, *path]
+    return consistency_roots(old, new, steps) == (old_root, new_root)
+
+
+def consistency_roots(old: int, new: int, steps: Sequence[bytes]) -> tuple[bytes, bytes] | None:
+    """The roots over ``old`` and over ``new`` leaves that follow from the same hashes; None where these do not fit.
+
+    Args:
+        old: At least 1, less than ``new``.
+        new: The larger size.
+        steps: The consistency proof, but always with the last perfect subtree of the old tree in front, which a proof
+            leaves out where it is the whole old tree.
+    """
+    if not 0 < old < new or not steps or not _hashes(steps):
+        return None
     position, last = old - 1, new - 1
     while position % 2 == 1:
         position, last = position >> 1, last >> 1
-    if not steps:
-        return False
     of_old = of_new = steps[0]
     for sibling in steps[1:]:
         if last == 0:
-            return False
+            return None
         if position % 2 == 1 or position == last:
             of_old, of_new = node_hash(sibling, of_old), node_hash(sibling, of_new)
             while position % 2 == 0 and position != 0:
@@ -168,7 +183,7 @@ def verify_consistency(old: int, new: int, old_root: bytes, new_root: bytes, pat
         else:
             of_new = node_hash(of_new, sibling)
         position, last = position >> 1, last >> 1
-    return last == 0 and of_old == old_root and of_new == new_root
+    return (of_old, of_new) if last == 0 else None
 
 
 class Frontier:

@@ -5,6 +5,6 @@
     proofs      roots and proofs from tiles, wherever they are fetched from
     checkpoint  size and root of a log, signed and cosigned               c2sp.org/tlog-checkpoint, /signed-note
 
-The entry of a receipt is the receipt without its openings (``receipt.strip``): exactly the bytes of which
-``receipt_digest`` is the SHA-256. They tell who signed what about which sizes and digests, and nothing of any text.
+The entry of a receipt is the bare receipt (``receipt.strip``): exactly the bytes of which ``receipt_digest`` is the
+SHA-256. They tell who signed what about which sizes and digests, and nothing of any text.
 """
