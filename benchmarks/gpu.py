@@ -117,8 +117,8 @@ class Bench:
         """The greedy choice after each of the tokens, which the sequence does not keep."""
         length = sequence.length
         self.cache.reserve({sequence: length + len(token_ids)})
-        logits = executor.run(self.cache, [Span(sequence, token_ids, min(len(token_ids), VERIFIED))])
-        chosen: list[int] = logits.argmax(dim=-1).tolist()
+        computed = executor.run(self.cache, [Span(sequence, token_ids, min(len(token_ids), VERIFIED))])
+        chosen: list[int] = computed.logits.argmax(dim=-1).tolist()
         sequence.length = length + len(token_ids)
         sequence.truncate(length)
         return chosen

@@ -3,7 +3,7 @@
     y = x Q,   x (M, H), Q (H, k) with Q^T Q = 1, y (M, k) in fp32
 
 An orthonormal projection keeps distances up to the share of the space that it sees, so that two runs of one model stay
-near each other and another model does not (DiFR, section on activation fingerprints).
+near each other and another model does not (DiFR, section on activation fingerprints). What is signed is y in fp16.
 
 Q is the Q factor of a normal matrix, its signs chosen so that R has a positive diagonal: one matrix a seed. The normal
 numbers come from Philox4x32-10 (:mod:`countersign.kernels.gumbel`) in a domain of their own, by Box and Muller.
@@ -15,11 +15,14 @@ import functools
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from countersign.kernels.checks import FLOATS, check
 from countersign.kernels.dispatch import Backend, choose
 from countersign.kernels.gumbel import philox4x32
+from countersign.kernels.native.library import Team
+from countersign.kernels.native.product import Product
 
 DOMAIN_FINGERPRINT = 1
 MOST = 128
@@ -62,3 +65,30 @@ def fingerprint(x: Tensor, q: Tensor, *, backend: Backend | None = None) -> Tens
         return kernels.fingerprint(x, q)
     # Row by row: torch's product of many rows may sum in another order than that of one.
     return torch.stack([row.float() @ q for row in x]) if len(x) else q.new_empty(0, q.shape[1])
+
+
+class Fingerprinter:
+    """Fingerprints of one projection, rounded to fp16. ``team``: native threads that compute, else :func:`fingerprint`.
+
+    Raises:
+        ValueError: see :func:`projection`.
+    """
+
+    def __init__(self, seed: int, hidden: int, size: int, team: Team | None = None) -> None:
+        self.seed, self.size = seed, size
+        self._q = projection(seed, hidden, size)
+        self._native = Product(team, self._q.T) if team is not None else None
+
+    def __call__(self, states: Tensor) -> NDArray[np.float16]:
+        """From states (M, H) to (M, k). What fp16 cannot hold becomes its largest number; NaN stays.
+
+        A row's bits do not depend on the other rows.
+        """
+        if self._native is not None and states.dtype is torch.float32 and states.device.type == "cpu":
+            found = self._native(states)
+        else:
+            self._q = self._q.to(states.device)
+            found = fingerprint(states.contiguous(), self._q)
+        most = torch.finfo(torch.float16).max
+        rounded: NDArray[np.float16] = found.clamp(-most, most).half().cpu().numpy()
+        return rounded

@@ -28,7 +28,7 @@ from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.linear import Linear
 from countersign.services.engine.ops import Choice, make_ops
 from countersign.services.engine.rope import RotaryTable
-from countersign.services.engine.step import AfterLayer, Span, Step
+from countersign.services.engine.step import AfterLayer, Computed, Span, Step
 from countersign.services.engine.weights import DecoderWeights, DenseMlp, LayerWeights, Mlp
 
 
@@ -93,19 +93,19 @@ class EagerExecutor:
         self._angles = self._ops.angles(self._rotary, 0)
 
     @torch.inference_mode()
-    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
-        """Writes the K and V of the spans' tokens into the slots that are reserved for them.
-
-        Returns:
-            (sum of ``span.logits``, vocabulary) fp32 on the executor's device, spans in the order given.
+    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Computed:
+        """Writes the K and V of the spans' tokens into the slots that are reserved for them; the result is on the
+        executor's device.
         """
         with self._current():
             step = self._ops.plan(cache, spans)
             states = _told(self._hidden_states(cache, step), after_layer)
             hidden = deque(states, maxlen=1).pop()
             if not step.logits:
-                return torch.empty(0, self._config.vocabulary_size, device=self._device)
-            return self._logits(hidden.index_select(0, step.logit_rows))[: step.logits]
+                logits = torch.empty(0, self._config.vocabulary_size, device=self._device)
+                return Computed(logits, hidden[:0])
+            computed = self._computed(hidden.index_select(0, step.logit_rows))
+            return Computed(computed.logits[: step.logits], computed.states[: step.logits])
 
     @torch.inference_mode()
     def run_layers(self, cache: PagedCache, spans: Sequence[Span], layers: int) -> None:
@@ -142,8 +142,9 @@ class EagerExecutor:
             hidden = hidden + self._mix(layer, hidden, step.rows)
             yield hidden
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._head(self._ops.normalise(hidden, self._norm)).float()
+    def _computed(self, hidden: Tensor) -> Computed:
+        states = self._ops.normalise(hidden, self._norm)
+        return Computed(self._head(states).float(), states)
 
     def _angles_up_to(self, end: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the positions below ``end`` at least; the same tensors as long as they suffice."""

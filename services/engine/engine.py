@@ -18,7 +18,7 @@ from countersign.services.engine.filling import Filling, filling_of
 from countersign.services.engine.generation import Generation, usable_keys, work_of
 from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
 from countersign.services.engine.model import Model
-from countersign.services.engine.runner import Outcome, Runner, Work
+from countersign.services.engine.runner import Fingerprints, Outcome, Runner, Work
 from countersign.services.engine.scheduler import Plan, Request, Scheduler
 from countersign.services.engine.speculation import Draft
 
@@ -77,14 +77,24 @@ class Engine:
     """All requests of one model and cache. Prompts that begin alike are computed once: ``sharing`` counts it."""
 
     @staticmethod
-    def of(model: Model, cache: PagedCache, budget: int = 512, chunk: int = 256, most: int = 1024) -> Engine:
+    def of(
+        model: Model,
+        cache: PagedCache,
+        budget: int = 512,
+        chunk: int = 256,
+        most: int = 1024,
+        fingerprints: Fingerprints | None = None,
+    ) -> Engine:
         """An engine whose scheduler knows the cache; see :class:`Scheduler` for the numbers."""
-        return Engine(model, cache, Scheduler(cache.free_tokens // PAGE_TOKENS, budget=budget, chunk=chunk, most=most))
+        scheduler = Scheduler(cache.free_tokens // PAGE_TOKENS, budget=budget, chunk=chunk, most=most)
+        return Engine(model, cache, scheduler, fingerprints)
 
-    def __init__(self, model: Model, cache: PagedCache, scheduler: Scheduler) -> None:
+    def __init__(
+        self, model: Model, cache: PagedCache, scheduler: Scheduler, fingerprints: Fingerprints | None = None
+    ) -> None:
         self.scheduler = scheduler
         self.cache = cache
-        self._runner = Runner(model, cache)
+        self._runner = Runner(model, cache, fingerprints)
         self._generations: dict[str, Generation] = {}
         self._over: deque[Generation] = deque()
         self.sharing = Sharing()

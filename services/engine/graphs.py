@@ -25,7 +25,7 @@ from countersign.services.engine.config import Dtype, ModelConfig, Numerics
 from countersign.services.engine.eager import EagerExecutor
 from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
 from countersign.services.engine.ops import Choice
-from countersign.services.engine.step import SHORT, AfterLayer, Ids, Padding, Span, Step, staged
+from countersign.services.engine.step import SHORT, AfterLayer, Computed, Ids, Padding, Span, Step, staged
 from countersign.services.engine.weights import DecoderWeights
 
 MAX_ROWS = 256
@@ -42,17 +42,17 @@ _WARM_UPS = 2
 class Captured(Protocol):
     """A computation on fixed buffers."""
 
-    def replay(self) -> Tensor:
+    def replay(self) -> Computed:
         """Computes from what the buffers hold now; the result stands until the next replay of any."""
 
 
-Capture: TypeAlias = Callable[[Callable[[], Tensor]], Captured]
+Capture: TypeAlias = Callable[[Callable[[], Computed]], Captured]
 
 
 class Repeated:
     """The computation itself, called again: for devices without graphs."""
 
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
+    def __init__(self, compute: Callable[[], Computed]) -> None:
         self.replay = compute
 
 
@@ -63,7 +63,7 @@ class CudaGraphs:
         self._device, self._pool = torch.device(device), torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch leaves it so
 
-    def __call__(self, compute: Callable[[], Tensor]) -> Captured:
+    def __call__(self, compute: Callable[[], Computed]) -> Captured:
         """Runs ``compute`` a few times, so that libraries set themselves up, then captures it."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -80,9 +80,9 @@ class CudaGraphs:
 @dataclass(frozen=True, slots=True)
 class _CudaGraph:
     graph: torch.cuda.CUDAGraph
-    result: Tensor
+    result: Computed
 
-    def replay(self) -> Tensor:
+    def replay(self) -> Computed:
         self.graph.replay()
         return self.result
 
@@ -139,7 +139,7 @@ class GraphedExecutor(EagerExecutor):
         return list(self._graphs)
 
     @torch.inference_mode()
-    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
+    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Computed:
         """As :meth:`EagerExecutor.run`. A graph is one piece: who asks after each layer gets none."""
         bucket = bucket_of(spans, self._ops.padding) if self._fixed and after_layer is None else None
         if bucket is None:
@@ -147,8 +147,9 @@ class GraphedExecutor(EagerExecutor):
         values, wanted = lay_out(bucket, cache, spans)
         with self._current():
             graph = self._graph(cache, bucket, staged(values, self._device))
-            # The copy to the buffer and this one are the only work outside the graph.
-            return graph.captured.replay().index_select(0, _parts(bucket, graph.buffer)[4][:wanted])
+            # The copy to the buffer and these are the only work outside the graph.
+            computed, rows = graph.captured.replay(), _parts(bucket, graph.buffer)[4][:wanted]
+            return Computed(computed.logits.index_select(0, rows), computed.states.index_select(0, rows))
 
     def _graph(self, cache: PagedCache, bucket: Bucket, values: Tensor) -> _Graph:
         """The bucket's graph with these values in its buffer, captured if need be."""
@@ -167,8 +168,8 @@ class GraphedExecutor(EagerExecutor):
         self._graphs[bucket] = graph
         return graph
 
-    def _compute(self, cache: PagedCache, bucket: Bucket, buffer: Tensor) -> Tensor:
-        """The logits of all rows, from the buffer and without a word from the host."""
+    def _compute(self, cache: PagedCache, bucket: Bucket, buffer: Tensor) -> Computed:
+        """Logits and states of all rows, from the buffer and without a word from the host."""
         token_ids, positions, pages, offsets, wanted, table = _parts(bucket, buffer)
         step = Step(
             rows=bucket.rows,
@@ -181,7 +182,7 @@ class GraphedExecutor(EagerExecutor):
             logit_rows=wanted,
         )
         step = self._ops.chains(step, bucket.batch, table)
-        return self._logits(deque(self._hidden_states(cache, step), maxlen=1).pop())
+        return self._computed(deque(self._hidden_states(cache, step), maxlen=1).pop())
 
 
 def bucket_of(spans: Sequence[Span], padding: Padding) -> Bucket | None:

@@ -16,10 +16,10 @@ from countersign.services.engine.errors import EngineError
 from countersign.services.engine.graphs import GraphedExecutor
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.native import NativeExecutor, refusal_of
-from countersign.services.engine.step import AfterLayer, Span, check_spans
+from countersign.services.engine.step import AfterLayer, Computed, Span, check_spans
 from countersign.services.engine.weights import decoder_weights
 
-__all__ = ["Backend", "Digests", "Executor", "Model", "Span", "load_model"]
+__all__ = ["Backend", "Computed", "Digests", "Executor", "Model", "Span", "load_model"]
 
 Backend = Literal["auto", "native", "eager"]
 
@@ -37,8 +37,8 @@ class Executor(Protocol):
     @property
     def team(self) -> Team | None: ...
 
-    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
-        """(sum of ``span.logits``, vocabulary) fp32; writes the tokens' K and V."""
+    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Computed:
+        """Logits and states of the rows that are wanted; writes the tokens' K and V."""
 
     def diagnose(self, cache: PagedCache, span: Span) -> int:
         """The first layer with an output that is not finite, as many as there are layers if only the logits are not."""
@@ -55,10 +55,11 @@ class Model:
         self.team = executor.team
 
     def forward(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
-        """Computes the spans' tokens, writes their K and V, and advances the sequences.
+        """The logits of :meth:`compute`: (sum of ``span.logits``, vocabulary) fp32, spans in the order given."""
+        return self.compute(cache, spans, after_layer).logits
 
-        Returns:
-            (sum of ``span.logits``, vocabulary) fp32, spans in the order given.
+    def compute(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Computed:
+        """Computes the spans' tokens, writes their K and V, and advances the sequences.
 
         Raises:
             InvalidSpan, ContextExceeded: see :func:`check_spans`; nothing changed.
@@ -66,10 +67,10 @@ class Model:
         """
         check_spans(self.config, cache, spans)
         cache.reserve({span.sequence: span.sequence.length + len(span.token_ids) for span in spans})
-        logits = self.executor.run(cache, spans, after_layer)
+        computed = self.executor.run(cache, spans, after_layer)
         for span in spans:
             span.sequence.length += len(span.token_ids)
-        return logits
+        return computed
 
     def first_bad_layer(self, cache: PagedCache, span: Span) -> int:
         """The layer at which a span whose logits are not finite went wrong: the first whose output for any of the

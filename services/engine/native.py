@@ -26,7 +26,7 @@ from countersign.services.engine.errors import EngineError
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.rope import RotaryTable
 from countersign.services.engine.sampling import Draws, records
-from countersign.services.engine.step import AfterLayer, Span
+from countersign.services.engine.step import AfterLayer, Computed, Span
 from countersign.services.engine.weights import DecoderWeights, DenseMlp, LayerWeights, RoutedExperts
 
 _KINDS: dict[Dtype, WeightKind] = {"fp32": WeightKind.FP32, "bf16": WeightKind.BF16, "int8": WeightKind.INT8}
@@ -120,10 +120,10 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A step as C sees it, where its logits will stand, and the arrays that it points to."""
+    """A step as C sees it, where its results will stand, and the arrays that it points to."""
 
     struct: native.StepStruct
-    logits: Tensor
+    computed: Computed
     kept: tuple[object, ...]
 
 
@@ -164,12 +164,8 @@ class NativeExecutor:
         """Bytes of weights that a step of one row reads, all experts counted, the embedding's other rows not."""
         return self._program.weight_bytes
 
-    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
-        """Writes the K and V of the spans' tokens into the slots that are reserved for them.
-
-        Returns:
-            (sum of ``span.logits``, vocabulary) fp32, spans in the order given.
-        """
+    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Computed:
+        """Writes the K and V of the spans' tokens into the slots that are reserved for them."""
         if after_layer is not None:
             return self._step_by_layers(cache, spans, after_layer)
         return self._step(cache, spans, None)
@@ -219,14 +215,14 @@ class NativeExecutor:
             raise MemoryError("no memory for a draft")
         return [row[:count] for row, count in zip(tokens.tolist(), produced.tolist(), strict=True)]
 
-    def _step(self, cache: PagedCache, spans: Sequence[Span], bad_layer: int | None) -> Tensor:
+    def _step(self, cache: PagedCache, spans: Sequence[Span], bad_layer: int | None) -> Computed:
         prepared = self.prepare(cache, spans, 0)
         prepared.struct.bad_layer = bad_layer
         if self.library.program_run(self.bound(cache), ctypes.byref(prepared.struct)):
             raise MemoryError(f"no memory for a step of {prepared.struct.rows} rows")
-        return prepared.logits
+        return prepared.computed
 
-    def _step_by_layers(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer) -> Tensor:
+    def _step_by_layers(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer) -> Computed:
         """The same operations in the same order, with a word after each layer."""
         prepared = self.prepare(cache, spans)
         program, first = self.bound(cache), 0
@@ -236,7 +232,7 @@ class NativeExecutor:
             after_layer(layer)
             first = end
         self.library.program_run_ops(program, ctypes.byref(prepared.struct), first, len(self.ops))
-        return prepared.logits
+        return prepared.computed
 
     @property
     def ops(self) -> Sequence[OpStruct]:
@@ -291,7 +287,12 @@ class NativeExecutor:
             self._structs,
             None,
         )
-        return Prepared(struct, logits, (numbers, cos, sin))
+        return Prepared(struct, Computed(logits, self._states(len(wanted))), (numbers, cos, sin))
+
+    def _states(self, rows: int) -> Tensor:
+        """(rows, hidden) of the rows wanted, where the head reads them."""
+        width = self.config.hidden_size
+        return self._buffers[_WANTED][: rows * width].view(rows, width) if rows else torch.empty(0, width)
 
     def bound(self, cache: Pool) -> int:
         """The program for this cache's layout."""

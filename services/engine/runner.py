@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from countersign.services.engine.errors import EngineError, RankLost
@@ -16,6 +18,9 @@ from countersign.services.engine.speculation import Draft, walk
 from countersign.services.engine.step import AfterLayer, Span
 
 _NO_DRAFT = Draft()
+
+Fingerprints = Callable[[Tensor], NDArray[np.float16]]
+"""From the states (n, hidden) that the head takes to their fingerprints (n, k)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +46,22 @@ class Outcome:
     """New tokens, how many of them are accepted proposals, and why the sequence cannot go on, if so.
 
     Tokens that come with an error stand before the failure and are good. ``sound``: the last known token's logits are
-    known to be finite, and with them all numbers that it could see.
+    known to be finite, and with them all numbers that it could see. ``fingerprints``: of each token that of the state
+    it was sampled from, the one of the position before it; little-endian fp16; none where none are made.
     """
 
     token_ids: tuple[int, ...] = ()
     accepted: int = 0
     error: str = ""
     sound: bool = False
+    fingerprints: tuple[bytes, ...] = ()
 
 
 class Runner:
-    """A model and its paged cache."""
+    """A model and its paged cache. ``fingerprints``: what makes them, None for none."""
 
-    def __init__(self, model: Model, cache: PagedCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: Model, cache: PagedCache, fingerprints: Fingerprints | None = None) -> None:
+        self.model, self.cache, self._fingerprints = model, cache, fingerprints
 
     def run(self, works: Sequence[Work], after_layer: AfterLayer | None = None) -> list[Outcome]:
         """Computes every work in one pass; each sequence then holds all its known tokens but the last sampled.
@@ -67,24 +74,34 @@ class Runner:
         spans = [_span(work) for work in works]
         bases = [work.sequence.length for work in works]
         try:
-            logits = self.model.forward(self.cache, spans, after_layer)
+            computed = self.model.compute(self.cache, spans, after_layer)
         except RankLost:
             raise
         except EngineError as error:
             return [Outcome(error=str(error))] * len(works)
         asks = [_draws(work, base) for work, base in zip(works, bases, strict=True) if work.samples]
-        wanted, proofs = _parted(works, spans, logits.cpu())
+        wanted, proofs = _parted(works, spans, computed.logits.cpu())
+        prints = self._fingerprints_of(works, spans, computed.states)
         sampled, row, outcomes = draw(wanted, asks, self.model.team), 0, []
         for work, span, base in zip(works, spans, bases, strict=True):
             if not work.samples:
                 outcomes.append(Outcome(sound=work.proves and bool(torch.isfinite(next(proofs)).all())))
                 continue
             rows = len(work.draft) + 1
-            outcomes.append(self._settle(work, span, base, sampled[row : row + rows]))
+            outcomes.append(self._settle(work, span, base, sampled[row : row + rows], prints[row : row + rows]))
             row += rows
         return outcomes
 
-    def _settle(self, work: Work, span: Span, base: int, sampled: Sequence[int]) -> Outcome:
+    def _fingerprints_of(self, works: Sequence[Work], spans: Sequence[Span], states: Tensor) -> Sequence[bytes]:
+        """Of each row that is sampled from; none where none are made."""
+        if self._fingerprints is None:
+            return ()
+        wanted, _ = _parted(works, spans, states)
+        return [row.tobytes() for row in self._fingerprints(wanted).astype("<f2", copy=False)]
+
+    def _settle(
+        self, work: Work, span: Span, base: int, sampled: Sequence[int], prints: Sequence[bytes] = ()
+    ) -> Outcome:
         walked = walk(work.draft, sampled)
         error = "" if walked.finite else self._failure(span, base + len(work.token_ids) + len(walked.path))
         fed = len(work.token_ids)
@@ -92,7 +109,14 @@ class Runner:
             work.sequence.truncate(base + fed + len(walked.path))
         else:
             work.sequence.compact(base, [*range(fed), *(fed + node for node in walked.path)])
-        return Outcome(walked.token_ids, len(walked.path), error, sound=not error)
+        rows = (0, *(1 + node for node in walked.path))[: len(walked.token_ids)]
+        return Outcome(
+            walked.token_ids,
+            len(walked.path),
+            error,
+            sound=not error,
+            fingerprints=tuple(prints[row] for row in rows) if prints else (),
+        )
 
     def _failure(self, span: Span, position: int) -> str:
         layer, layers = self.model.first_bad_layer(self.cache, span), self.model.config.layers
@@ -111,14 +135,14 @@ def _span(work: Work) -> Span:
     return Span(work.sequence, [*work.token_ids, *draft.token_ids], logits, parents)
 
 
-def _parted(works: Sequence[Work], spans: Sequence[Span], logits: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+def _parted(works: Sequence[Work], spans: Sequence[Span], wanted: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
     """The rows to sample from, and one row of each work that proves."""
     if not any(work.proves for work in works):
-        return logits, iter(())
-    parts = torch.split(logits, [span.logits for span in spans])
+        return wanted, iter(())
+    parts = torch.split(wanted, [span.logits for span in spans])
     sampled = [part for work, part in zip(works, parts, strict=True) if work.samples]
     proofs = [part[0] for work, part in zip(works, parts, strict=True) if work.proves]
-    return torch.cat(sampled) if sampled else logits[:0], iter(proofs)
+    return torch.cat(sampled) if sampled else wanted[:0], iter(proofs)
 
 
 def _draws(work: Work, base: int) -> Draws:

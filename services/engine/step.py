@@ -59,6 +59,18 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """What a step gives, for the rows whose logits are wanted: spans in the order given, each in its own.
+
+    logits: (n, vocabulary) fp32. states: (n, hidden) in the executor's type, after the final norm: what the head takes.
+    They stand until the next step.
+    """
+
+    logits: Tensor
+    states: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Padding:
     """What sizes are rounded up to: rows of a linear layer, queries and keys of an attention call.
 

@@ -24,19 +24,26 @@ from countersign.services.engine.checkpoint import read_tensors
 from countersign.services.engine.config import Numerics
 from countersign.services.engine.graphs import Bucket, GraphedExecutor
 from countersign.services.engine.kv import CachedSequence, PagedCache
-from countersign.services.engine.model import Model, Span, load_model
+from countersign.services.engine.model import Computed, Model, Span, load_model
 from countersign.services.engine.weights import decoder_weights
 
 
 class Traced:
-    """A computation as the operations it consisted of when it was captured, and one place for its result."""
+    """A computation as the operations it consisted of when it was captured, and one place for its results."""
 
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self._graph: Any = make_fx(compute)()
-        self._result: Tensor = torch.empty_like(self._graph())
+    def __init__(self, compute: Callable[[], Computed]) -> None:
+        def tensors() -> tuple[Tensor, Tensor]:
+            computed = compute()
+            return computed.logits, computed.states
 
-    def replay(self) -> Tensor:
-        return self._result.copy_(self._graph())
+        self._graph: Any = make_fx(tensors)()
+        self._result = Computed(*map(torch.empty_like, self._graph()))
+
+    def replay(self) -> Computed:
+        logits, states = self._graph()
+        self._result.logits.copy_(logits)
+        self._result.states.copy_(states)
+        return self._result
 
 
 def executor(model: Model) -> GraphedExecutor:
@@ -176,7 +183,7 @@ def test_greedy_tokens_agree_while_sequences_come_and_go_and_contexts_cross_buck
 def test_a_bucket_is_captured_once_and_replayed_on_one_buffer(checkpoint: Path) -> None:
     captured: list[Traced] = []
 
-    def capture(compute: Callable[[], Tensor]) -> Traced:
+    def capture(compute: Callable[[], Computed]) -> Traced:
         captured.append(Traced(compute))
         return captured[-1]
 

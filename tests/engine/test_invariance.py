@@ -30,21 +30,26 @@ def tokens(index: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Reference:
-    """Each sequence computed alone in one piece: its logits, and its KV blocks."""
+    """Each sequence computed alone in one piece: its logits, the states that the head takes, and its KV blocks."""
 
     model: Model
     logits: list[Tensor]
+    states: list[Tensor]
     blocks: list[list[bytes]]
 
 
 def reference(model: Model) -> Reference:
-    logits, blocks = [], []
+    logits: list[Tensor] = []
+    states: list[Tensor] = []
+    blocks = []
     for index, length in enumerate(LENGTHS):
         cache = PagedCache(model.config, model.dtype, length)
         sequence = cache.sequence()
-        logits.append(model.forward(cache, [Span(sequence, tokens(index), length)]))
+        computed = model.compute(cache, [Span(sequence, tokens(index), length)])
+        logits.append(computed.logits)
+        states.append(computed.states.clone())
         blocks.append([sequence.export_block(i) for i in range(length // PAGE_TOKENS)])
-    return Reference(model, logits, blocks)
+    return Reference(model, logits, states, blocks)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +91,12 @@ def run_schedule(ref: Reference, chosen: list[int], imports: list[int], chunks: 
             runner.sequence.import_block(block)
     while active := [runner for runner in runners if runner.sequence.length < LENGTHS[runner.index]]:
         planned = [runner.next_span(next(chunks), next(chunks) % 6) for runner in active]
-        logits = ref.model.forward(cache, [span for span, _ in planned])
-        parts = torch.split(logits, [span.logits for span, _ in planned])
-        for runner, (span, right), rows in zip(active, planned, parts, strict=True):
+        computed, counts = ref.model.compute(cache, [span for span, _ in planned]), [span.logits for span, _ in planned]
+        logits, states = torch.split(computed.logits, counts), torch.split(computed.states, counts)
+        for runner, (span, right), rows, below in zip(active, planned, logits, states, strict=True):
             first = runner.sequence.length - len(span.token_ids)
             assert torch.equal(rows[:right], ref.logits[runner.index][first : first + right])
+            assert torch.equal(below[:right], ref.states[runner.index][first : first + right])
             runner.sequence.truncate(first + right)
     for runner in runners:
         full = LENGTHS[runner.index] // PAGE_TOKENS
@@ -100,7 +106,7 @@ def run_schedule(ref: Reference, chosen: list[int], imports: list[int], chunks: 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 @given(data=st.data(), which=st.integers(0, 59))
-def test_logits_and_kv_are_the_same_bits_however_a_sequence_is_computed(
+def test_logits_states_and_kv_are_the_same_bits_however_a_sequence_is_computed(
     references: list[Reference], data: st.DataObject, which: int
 ) -> None:
     which %= len(references)

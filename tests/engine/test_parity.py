@@ -96,6 +96,21 @@ def test_prefill_and_decode_agree_with_transformers(
     assert (decode(model, token_ids) - expected).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_states_are_those_that_transformers_puts_into_its_head(
+    case: str, backend: Backend, build_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    family, changes = CASES[case]
+    expected_model = build_model(family, 11, **changes)
+    expected_model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = expected_model(torch.tensor([prompt()]), output_hidden_states=True).hidden_states[-1][0, -70:]
+    model = load_model(tmp_path, backend=backend)
+    cache = PagedCache(model.config, model.dtype, 1024)
+    states = model.compute(cache, [Span(cache.sequence(), prompt(), 70)]).states
+    assert (states - expected).abs().max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_on_disk_is_read(
     dtype: torch.dtype, backend: Backend, build_model: Callable[..., Any], tmp_path: Path

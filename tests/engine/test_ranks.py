@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from countersign.kernels.ring.threads import run_ranks
 from countersign.kernels.ring.transport import Counted, Transport
 from countersign.services.engine.kv import PAGE_TOKENS, LocalPages, PagedCache
-from countersign.services.engine.model import Model, Span, load_model
+from countersign.services.engine.model import Computed, Model, Span, load_model
 from countersign.services.engine.native import NativeExecutor
 from countersign.services.engine.ranks.placement import LEAF, Placement
 from countersign.services.engine.ranks.plan import SpanShape
@@ -53,10 +53,10 @@ class Both:
         self.long = long
         self.sent: list[int] = []
 
-    def forward(self, spans: list[Span], *, diagnose: bool = False) -> tuple[torch.Tensor, list[Result]]:
-        """(logits of the plain engine, what the ranks gave)."""
+    def compute(self, spans: list[Span], *, diagnose: bool = False) -> tuple[Computed, list[Result]]:
+        """(what the plain engine gives, what the ranks gave)."""
         bases = [span.sequence.length for span in spans]
-        logits = self.plain.forward(self.cache, spans)
+        computed = self.plain.compute(self.cache, spans)
         columns = max(len(span.sequence.pages) for span in spans)
         tables = self.cache.tables[[span.sequence.row for span in spans], :columns]
         shapes = [
@@ -73,11 +73,16 @@ class Both:
 
         results = run_ranks(self.placement.ranks, run)
         self.sent = [sent for _, sent in results]
-        return logits, [result for result, _ in results]
+        return computed, [result for result, _ in results]
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def same(found: Computed, expected: Computed) -> None:
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.states, expected.states)
 
 
 @pytest.mark.parametrize("long", [1, 1 << 30], ids=["shared-out", "replicated"])
@@ -88,14 +93,14 @@ def test_prefill_and_decode_over_ranks_have_the_plain_engines_bits(
 ) -> None:
     both = Both(folders[family], ranks, unit, long=long)
     one, other = both.cache.sequence(), both.cache.sequence()
-    both.forward([Span(one, tokens(300), 0)])
+    both.compute([Span(one, tokens(300), 0)])
     for spans in (
         [Span(one, tokens(150, 1), 1), Span(other, tokens(70, 2), 1)],  # a cached prefix, and two at once
         [Span(one, tokens(1, 3), 1), Span(other, tokens(200, 4), 3)],  # a decode beside a prefill
         [Span(one, tokens(6, 5), 6), Span(other, tokens(1, 6), 1)],  # verification beside a decode
     ):
-        logits, results = both.forward(spans)
-        assert torch.equal(join(results), logits)
+        computed, results = both.compute(spans)
+        same(join(results), computed)
 
 
 @settings(max_examples=25)
@@ -117,14 +122,14 @@ def test_any_schedule_over_ranks_has_the_plain_engines_bits(
                     Span(sequence, tokens(count, 10 * turn + number), data.draw(st.integers(0, min(count, 3))))
                 )
         if spans:
-            logits, results = both.forward(spans)
-            assert torch.equal(join(results), logits)
+            computed, results = both.compute(spans)
+            same(join(results), computed)
 
 
 def test_a_rank_writes_only_the_pages_that_it_keeps(folders: dict[str, Path]) -> None:
     both = Both(folders["llama"], 2, 64)
     sequence = both.cache.sequence()
-    both.forward([Span(sequence, tokens(300), 0)])
+    both.compute([Span(sequence, tokens(300), 0)])
     for rank, pages in enumerate(both.pages):
         written = {page for page in range(1, 1 + PAGES) if pages.pool[page].any()}
         own = {page for index, page in enumerate(sequence.pages) if both.placement.rank_of_page(index) == rank}
@@ -136,18 +141,18 @@ def test_a_rank_writes_only_the_pages_that_it_keeps(folders: dict[str, Path]) ->
 def test_queries_travel_round_the_ring_only_where_rows_are_shared_out(folders: dict[str, Path]) -> None:
     shared, replicated = (Both(folders["llama"], 4, 64, long=long) for long in (1, 1 << 30))
     for both in (shared, replicated):
-        both.forward([Span(both.cache.sequence(), tokens(512), 0)])
+        both.compute([Span(both.cache.sequence(), tokens(512), 0)])
     assert max(shared.sent) < min(replicated.sent) / 2
 
 
 def test_the_first_layer_that_is_not_finite_is_found_over_ranks(folders: dict[str, Path]) -> None:
     both = Both(folders["llama"], 2, 64)
     sequence = both.cache.sequence()
-    _, results = both.forward([Span(sequence, tokens(100), 1)], diagnose=True)
+    _, results = both.compute([Span(sequence, tokens(100), 1)], diagnose=True)
     assert [result.bad_layer for result in results] == [-1, -1]
     for pages in both.pages:
         pages.pool[sequence.pages[0], 1] = np.nan if pages.pool[sequence.pages[0]].any() else 0
-    _, results = both.forward([Span(sequence, tokens(1), 1)], diagnose=True)
+    _, results = both.compute([Span(sequence, tokens(1), 1)], diagnose=True)
     assert {result.bad_layer for result in results} == {1}
 
 

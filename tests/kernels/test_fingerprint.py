@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from countersign.kernels.dispatch import Backend
-from countersign.kernels.fingerprint import fingerprint, projection
+from countersign.kernels.fingerprint import Fingerprinter, fingerprint, projection
+from countersign.kernels.native import library as native
+from countersign.kernels.native.product import Product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS: list[Backend] = ["reference", "triton"]
@@ -56,6 +59,44 @@ def test_bf16_states_are_summed_in_fp32(backend: Backend) -> None:
     found = fingerprint(x, q, backend=backend)
     assert found.dtype is torch.float32
     assert (found - x.double() @ q.double()).abs().max() <= 2e-6 * 4
+
+
+def team(threads: int = 1, variant: str | None = None) -> native.Team:
+    library = native.load(variant)
+    assert library is not None, "the C kernels are not built: run `make`"
+    return native.Team(library, threads)
+
+
+@settings(max_examples=12)
+@given(rows=st.integers(1, 40), hidden=st.sampled_from([2, 63, 64, 200]), size=st.sampled_from([2, 3, 17, 64, 128]))
+def test_natively_too_it_is_the_product_and_a_rows_bits_are_its_own(rows: int, hidden: int, size: int) -> None:
+    q, x = projection(3, hidden, min(size, hidden)), hidden_states(rows, hidden).cpu()
+    found = Product(team(), q.T)(x)
+    exact = x.double() @ q.double()
+    assert (found - exact).abs().max() <= 2e-6 * exact.abs().max().clamp_min(1)
+    for other in (Product(team(3), q.T)(x), Product(team(variant="v3"), q.T)(x)):
+        assert torch.equal(other, found)
+    assert torch.equal(Product(team(), q.T)(x[-1:]), found[-1:])
+    assert Product(team(), q.T)(x[:0]).shape == (0, q.shape[1])
+
+
+@pytest.mark.parametrize("threads", [0, 2], ids=["torch", "native"])
+def test_what_is_signed_is_fp16_and_always_finite_for_finite_states(threads: int) -> None:
+    made = Fingerprinter(9, 64, 8, team(threads) if threads else None)
+    states = torch.cat([hidden_states(5, 64).cpu(), 1e7 * hidden_states(1, 64, 1).cpu()])
+    found = made(states)
+    assert found.dtype == np.float16
+    assert found.shape == (6, 8)
+    assert np.isfinite(found).all()
+    exact = (states.double() @ projection(9, 64, 8).double()).clamp(-65504, 65504).numpy()
+    assert np.abs(found - exact).max() <= 2**-11 * np.abs(exact).max()
+    assert np.abs(found[:5] - exact[:5]).max() <= 2**-11 * np.abs(exact[:5]).max() + 1e-6
+    assert np.isnan(made(states * torch.nan)).all()
+
+
+def test_states_in_bf16_are_taken_as_they_are() -> None:
+    states = hidden_states(3, 64).cpu().bfloat16()
+    assert np.array_equal(Fingerprinter(9, 64, 8, team())(states), Fingerprinter(9, 64, 8)(states.float()))
 
 
 def test_no_rows_have_no_fingerprints() -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import pytest
-from cache_rules import PROPERTIES, CacheRules, Path, TieredRules, paths, reach, run, which
+from cache_rules import PROPERTIES, CacheRules, Path, paths, reach, run, which
 from hypothesis import event
 from hypothesis.stateful import precondition, rule
 from tests.protocol import test_cache_machine as known
+from tiered_rules import TieredRules
 
 from countersign.services.protocol import keys
 from countersign.services.protocol.cache import Block, BlockCache, Copy, Stored, Tier

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from cache_rules import CacheRules, TieredRules, Violated, reach, run
+from cache_rules import CacheRules, Violated, reach, run
+from tiered_rules import TieredRules
 
 from countersign.services.protocol import keys
 from countersign.services.protocol.cache import Block, BlockCache, Copy, Tier

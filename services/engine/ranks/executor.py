@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from countersign.kernels.native import library as native
 from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.errors import EngineError, InvalidSpan
@@ -14,7 +12,7 @@ from countersign.services.engine.native import NativeExecutor
 from countersign.services.engine.ranks.group import RankGroup
 from countersign.services.engine.ranks.plan import SpanShape
 from countersign.services.engine.ranks.rank import Step, join
-from countersign.services.engine.step import AfterLayer, Span
+from countersign.services.engine.step import AfterLayer, Computed, Span
 
 LONG = 128
 """From so many tokens on a span's rows are shared out among the ranks; below, all compute all: fewer messages."""
@@ -71,7 +69,7 @@ class RankedExecutor:
     def group(self) -> RankGroup:
         return self._group
 
-    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
+    def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Computed:
         """As :meth:`NativeExecutor.run`, without ``after_layer``.
 
         Raises:

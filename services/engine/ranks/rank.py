@@ -16,6 +16,7 @@ from countersign.services.engine.native import NativeExecutor
 from countersign.services.engine.ranks.placement import Placement, Run
 from countersign.services.engine.ranks.plan import Ints, Rows, SpanShape, StepPlan, Task
 from countersign.services.engine.ranks.shard import Partials, ShardCache, ShardStep
+from countersign.services.engine.step import Computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +31,30 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The rank's rows of logits: (span, first position, how many) in order, and the rows (n, vocabulary).
-    ``bad_layer``: the first whose output is not finite here, -1 for none.
+    """The rank's wanted rows: (span, first position, how many) in order, their logits (n, vocabulary) and states (n,
+    hidden). ``bad_layer``: the first whose output is not finite here, -1 for none.
     """
 
     rows: Sequence[tuple[int, int, int]]
     logits: NDArray[np.float32]
+    states: NDArray[np.float32]
     bad_layer: int = -1
 
 
-def join(results: Sequence[Result]) -> Tensor:
-    """(all rows, vocabulary) in the order of the spans and of their positions."""
-    pieces: list[tuple[int, int, NDArray[np.float32]]] = []
+def join(results: Sequence[Result]) -> Computed:
+    """All rows in the order of the spans and of their positions."""
+    pieces: list[tuple[int, int, Result, slice]] = []
     for result in results:
         at = 0
         for span, position, count in result.rows:
-            pieces.append((span, position, result.logits[at : at + count]))
+            pieces.append((span, position, result, slice(at, at + count)))
             at += count
     pieces.sort(key=lambda piece: piece[:2])
-    rows = [rows for _, _, rows in pieces]
-    return torch.from_numpy(np.concatenate(rows) if rows else results[0].logits)
+    if not pieces:
+        return Computed(torch.from_numpy(results[0].logits), torch.from_numpy(results[0].states))
+    logits = np.concatenate([result.logits[rows] for *_, result, rows in pieces])
+    states = np.concatenate([result.states[rows] for *_, result, rows in pieces])
+    return Computed(torch.from_numpy(logits), torch.from_numpy(states))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,8 @@ class Rank:
             if step.diagnose and bad_layer < 0 and not shard.is_finite():
                 bad_layer = layer
         wanted = [(one.span, one.positions.end - one.wanted, one.wanted) for one in rows if one.wanted]
-        return Result(wanted, shard.logits().numpy(), bad_layer)
+        computed = shard.computed()
+        return Result(wanted, computed.logits.numpy(), computed.states.numpy(), bad_layer)
 
     def _own(self, tables: NDArray[np.int32]) -> NDArray[np.int32]:
         """The pages that are here, 0 in place of the others."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from countersign.kernels.native.library import OpKind
 from countersign.services.engine.native import ATTENDED, HIDDEN, QKV, NativeExecutor
 from countersign.services.engine.ranks.plan import Ints, Rows, Task
+from countersign.services.engine.step import Computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Partials:
 
 class ShardStep:
     """Begins before the first layer. In each layer: ``queries``, ``attend`` as often as there are queries to answer,
-    ``fold``; then ``logits``.
+    ``fold``; then ``computed``.
     """
 
     def __init__(
@@ -125,10 +126,10 @@ class ShardStep:
         self._run(next(index for index in range(self._at, len(ops)) if ops[index].layer >= self._layer))
         return bool(torch.isfinite(self._buffer(HIDDEN, self._config.hidden_size)).all())
 
-    def logits(self) -> Tensor:
-        """(rows wanted, vocabulary) fp32."""
+    def computed(self) -> Computed:
+        """Of the rows wanted."""
         self._run(len(self._executor.ops))
-        return self._prepared.logits
+        return self._prepared.computed
 
     def _run(self, end: int) -> None:
         if self._rows and self._at < end:

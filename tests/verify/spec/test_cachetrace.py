@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cache_rules import CacheRules, TieredRules, run
+from cache_rules import CacheRules, run
 from cacheruns import DISK, RAM, Store, cut, everything, illegal, joined, key, stored
 from tests.protocol import test_cache_machine as known
+from tiered_rules import TieredRules
 
 from countersign.services.protocol.cache import BlockCache, Recency
 from countersign.verify.spec.errors import SpecError
