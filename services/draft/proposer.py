@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from countersign.services.engine.drafting import Ask as Continuation
 from countersign.services.engine.drafting import propose
-from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
+from countersign.services.engine.kv import CachedSequence, PagedCache
 from countersign.services.engine.model import Model, Span
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.reuse import Reuse
 from countersign.services.engine.sampling import Sampling
 

@@ -16,8 +16,9 @@ from types import MappingProxyType
 from countersign.services.engine.errors import ContextExceeded, EngineError
 from countersign.services.engine.filling import Filling, filling_of
 from countersign.services.engine.generation import Generation, usable_keys, work_of
-from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
+from countersign.services.engine.kv import CachedSequence, PagedCache
 from countersign.services.engine.model import Model
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.runner import Fingerprints, Outcome, Runner, Work
 from countersign.services.engine.scheduler import Plan, Request, Scheduler
 from countersign.services.engine.speculation import Draft

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from countersign.services.engine.generation import Filled
-from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence
+from countersign.services.engine.kv import CachedSequence
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.runner import Work
 
 

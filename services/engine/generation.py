@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence
+from countersign.services.engine.kv import CachedSequence
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.runner import Work
 from countersign.services.engine.sampling import Allowed, Sampling
 from countersign.services.engine.speculation import Draft

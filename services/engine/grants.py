@@ -6,7 +6,8 @@ from bisect import bisect_left
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
-from countersign.services.engine.queues import PAGE_TOKENS, Entry, pages_for
+from countersign.services.engine.pages import PAGE_TOKENS, pages_for
+from countersign.services.engine.queues import Entry
 
 
 @dataclass(slots=True)

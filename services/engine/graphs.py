@@ -23,8 +23,9 @@ from torch import Tensor
 
 from countersign.services.engine.config import Dtype, ModelConfig, Numerics
 from countersign.services.engine.eager import EagerExecutor
-from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
+from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.ops import Choice
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.step import SHORT, AfterLayer, Computed, Ids, Padding, Span, Step, staged
 from countersign.services.engine.weights import DecoderWeights
 

@@ -28,8 +28,9 @@ from countersign.kernels.norm_rope import norm_rope, rms_norm
 from countersign.kernels.rotary import rotate
 from countersign.kernels.swiglu import swiglu
 from countersign.services.engine.config import TORCH_DTYPES, Dtype, ModelConfig, Numerics
-from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
+from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.linear import Linear, LinearMode, LinearPacker
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.rope import RotaryTable
 from countersign.services.engine.step import (
     EXACT,

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-PAGE_TOKENS = 16
-
 Key: TypeAlias = tuple[int, int, str]
 
 
@@ -99,8 +97,3 @@ class Entry:
     running: bool = False
     held: bool = False
     charged: bool = False
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that hold so many tokens."""
-    return -(-tokens // PAGE_TOKENS)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.errors import EngineError
-from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
+from countersign.services.engine.kv import CachedSequence, PagedCache
 from countersign.services.engine.model import Model
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.rope import RotaryTable
 from countersign.services.engine.step import Span
 

@@ -31,9 +31,10 @@ from types import MappingProxyType
 
 from countersign.services.engine.errors import EngineError, RequestTooLarge
 from countersign.services.engine.grants import Left, grant, joins, leading
-from countersign.services.engine.queues import PAGE_TOKENS, Entry, Key, Level, Request, Share, pages_for
+from countersign.services.engine.pages import PAGE_TOKENS, pages_for
+from countersign.services.engine.queues import Entry, Key, Level, Request, Share
 
-__all__ = ["PAGE_TOKENS", "Plan", "Request", "Scheduler", "pages_for"]
+__all__ = ["Plan", "Request", "Scheduler"]
 
 # What a token costs its tenant; an output token takes a pass of its own (Sheng et al., section 5).
 PROMPT_WEIGHT = 1

@@ -26,8 +26,9 @@ from countersign.kernels.attention import Layout
 from countersign.kernels.padded_attention import MAX_QUERIES, Mask, padded_keys, padded_queries
 from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.errors import ContextExceeded, InvalidSpan
-from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache, pages_for
+from countersign.services.engine.kv import CachedSequence, PagedCache
 from countersign.services.engine.linear import padded_rows
+from countersign.services.engine.pages import PAGE_TOKENS, pages_for
 
 Ids: TypeAlias = NDArray[np.int64]
 Numbers: TypeAlias = NDArray[np.integer[Any]]

@@ -11,7 +11,8 @@ from typing import TypeVar
 from countersign.services.engine.engine import Engine, Ran, Result, Step
 from countersign.services.engine.errors import EngineError, RankLost
 from countersign.services.engine.generation import Generation
-from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence
+from countersign.services.engine.kv import CachedSequence
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.runtime.announcer import NOBODY, Announcer
 from countersign.services.runtime.background import Background
 from countersign.services.runtime.errors import DeadlineExceeded, Internal

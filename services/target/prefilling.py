@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from countersign.services.engine.generation import Generation
-from countersign.services.engine.kv import PAGE_TOKENS
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.runtime.errors import CountersignError, Internal, Unavailable
 
 # Chunks whose blocks may be on their way to the store while the next is computed.

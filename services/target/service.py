@@ -16,8 +16,9 @@ from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.engine import Engine
 from countersign.services.engine.errors import CheckpointError, EngineError, RankLost
 from countersign.services.engine.generation import Generation
-from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
+from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, load_model
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.ranks.load import load_ranked_model
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import Tokenizer

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from countersign.kernels.fingerprint import Fingerprinter
 from countersign.services.engine.engine import Engine, kept_of
 from countersign.services.engine.generation import Generation
-from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
+from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Backend, Model, Span, load_model
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.ranks.load import load_ranked_model
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.speculation import Draft

@@ -16,9 +16,10 @@ from torch import Tensor
 from countersign.kernels import padded_attention
 from countersign.services.engine import linear
 from countersign.services.engine.eager import EagerExecutor
-from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
+from countersign.services.engine.kv import CachedSequence, PagedCache
 from countersign.services.engine.linear import LinearMode
 from countersign.services.engine.model import Backend, Model, Span, load_model
+from countersign.services.engine.pages import PAGE_TOKENS
 
 LENGTHS = (700, 530, 90, 33)
 CHUNKS = st.sampled_from((1, 1, 2, 3, 5, 15, 16, 17, 33, 64, 100, 255, 256, 257, 300))

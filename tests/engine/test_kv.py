@@ -14,8 +14,9 @@ import torch
 
 from countersign.services.engine.config import ModelConfig, Rope
 from countersign.services.engine.errors import EngineError, InvalidBlock, InvalidSpan, OutOfPages
-from countersign.services.engine.kv import CachedSequence, CacheStats, PagedCache
+from countersign.services.engine.kv import CachedSequence, PagedCache
 from countersign.services.engine.model import Backend, Model, Span, load_model
+from countersign.services.engine.pages import CacheStats
 
 CONFIG = ModelConfig(
     family="llama",

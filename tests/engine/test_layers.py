@@ -10,8 +10,9 @@ from torch import Tensor
 from countersign.services.engine.engine import Engine, complete, kept_of
 from countersign.services.engine.errors import EngineError, InvalidBlock
 from countersign.services.engine.generation import Generation
-from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
+from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.step import AfterLayer, Span
 
 PROMPT = [(7 * index) % 96 for index in range(75)]

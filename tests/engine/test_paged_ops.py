@@ -25,9 +25,10 @@ from countersign.services.engine.checkpoint import read_tensors
 from countersign.services.engine.config import Dtype, ModelConfig, Numerics
 from countersign.services.engine.eager import EagerExecutor
 from countersign.services.engine.graphs import GraphedExecutor
-from countersign.services.engine.kv import PAGE_TOKENS, CachedSequence, PagedCache
+from countersign.services.engine.kv import CachedSequence, PagedCache
 from countersign.services.engine.linear import LinearMode
 from countersign.services.engine.model import Model, Span, load_model
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.step import Splitting, plan_paged
 from countersign.services.engine.weights import decoder_weights
 

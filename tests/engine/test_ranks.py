@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from countersign.kernels.ring.threads import run_ranks
 from countersign.kernels.ring.transport import Counted, Transport
-from countersign.services.engine.kv import PAGE_TOKENS, LocalPages, PagedCache
+from countersign.services.engine.kv import LocalPages, PagedCache
 from countersign.services.engine.model import Computed, Model, Span, load_model
 from countersign.services.engine.native import NativeExecutor
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.ranks.placement import LEAF, Placement
 from countersign.services.engine.ranks.plan import SpanShape
 from countersign.services.engine.ranks.rank import Rank, Result, Step, join

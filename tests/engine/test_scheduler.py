@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from countersign.services.engine import kv
 from countersign.services.engine.errors import EngineError, RequestTooLarge
-from countersign.services.engine.scheduler import PAGE_TOKENS, Plan, Request, Scheduler
+from countersign.services.engine.scheduler import Plan, Request, Scheduler
 
 PLENTY = 10_000
 
@@ -46,10 +45,6 @@ def decoding(scheduler: Scheduler, *requests: Request) -> None:
 def refused(action: Callable[[], object], words: str) -> None:
     with pytest.raises(EngineError, match=words):
         action()
-
-
-def test_pages_are_those_of_the_cache() -> None:
-    assert PAGE_TOKENS == kv.PAGE_TOKENS
 
 
 # A pass

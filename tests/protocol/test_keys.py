@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from countersign.services.engine.kv import PAGE_TOKENS
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.protocol.keys import BLOCK_TOKENS, block_key, chain_keys, root_key
 
 WEIGHTS = bytes(range(32))

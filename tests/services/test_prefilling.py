@@ -11,8 +11,8 @@ import pytest
 from tests.services.test_target_loop import House, house, now_ms, until
 
 from countersign.services.engine.generation import Generation
-from countersign.services.engine.kv import PAGE_TOKENS
 from countersign.services.engine.model import Model, load_model
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.runtime.errors import CountersignError, DeadlineExceeded, Internal, Unavailable
 from countersign.services.target.prefilling import PrefillJob
 from countersign.services.target.prefixes import PrefixKeys

@@ -16,8 +16,9 @@ import pytest
 from countersign.services.engine.engine import Engine, Ran, Step
 from countersign.services.engine.errors import RankLost
 from countersign.services.engine.generation import Generation
-from countersign.services.engine.kv import PAGE_TOKENS, PagedCache
+from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, load_model
+from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.scheduler import Scheduler
 from countersign.services.engine.speculation import Draft
 from countersign.services.protocol.commit import LogState, encode, replay

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from countersign.services.engine.engine import Engine
-from countersign.services.engine.kv import PAGE_TOKENS
+from countersign.services.engine.pages import PAGE_TOKENS, pages_for
 from countersign.services.engine.runner import Outcome, Work
-from countersign.services.engine.scheduler import Scheduler, pages_for
+from countersign.services.engine.scheduler import Scheduler
 from countersign.services.engine.speculation import Draft, walk
 from countersign.services.target.session import Session
 

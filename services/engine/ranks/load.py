@@ -7,9 +7,10 @@ from pathlib import Path
 from countersign.services.engine.checkpoint import check_tensors, digests, read_tensors
 from countersign.services.engine.config import Dtype, ModelConfig
 from countersign.services.engine.errors import EngineError
-from countersign.services.engine.kv import PagedCache, pages_for
+from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model
 from countersign.services.engine.native import refusal_of
+from countersign.services.engine.pages import pages_for
 from countersign.services.engine.ranks.executor import RankedExecutor, RankPages
 from countersign.services.engine.ranks.group import RankGroup
 from countersign.services.engine.ranks.placement import Placement

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from countersign.kernels.merge import Node, nodes_of
-from countersign.services.engine.kv import PAGE_TOKENS
+from countersign.services.engine.pages import PAGE_TOKENS
 
 LEAF = 64
 """Keys of a leaf; the C code's."""
