@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from countersign.verify.errors import NotCheckable, Untrusted, VerificationError
-from countersign.verify.receipt import Openings, ReceiptVerifier, SignedReceipt, parse
+from countersign.verify.receipt import Openings, PartialOpenings, Receipt, ReceiptVerifier, SignedReceipt, parse
 from countersign.verify.trust import Trusted, TrustPolicy, TrustRules
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 Dtype = Literal["fp32", "bf16"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
+_OPEN_HIDDEN = "only an auditor to whom the provider opens the hidden tokens can count and check them"
 _SEVERITY: tuple[Outcome, ...] = ("pass", "inconclusive", "fail")
 
 
@@ -114,16 +115,29 @@ class _Audit:
     def count(self) -> LevelReport:
         if self.signed is None:
             raise NotCheckable("the receipt was not read")
-        self._openings = ReceiptVerifier(()).count(self.signed)
-        prompt, output = len(self._openings.prompt_token_ids), len(self._openings.output_token_ids)
-        figures = {"prompt_tokens": float(prompt), "output_tokens": float(output)}
+        opened = ReceiptVerifier(()).count(self.signed)
+        if isinstance(opened, PartialOpenings):
+            return _partly_counted(self.signed.receipt)
+        self._openings = opened
+        prompt, output = len(opened.prompt_token_ids), len(opened.output_token_ids)
+        figures = {
+            "prompt_tokens": float(prompt),
+            "output_tokens": float(output),
+            "hidden_tokens": float(self.signed.receipt.output.hidden),
+        }
         return LevelReport(
             "count", "pass", f"the {output} tokens disclosed for a prompt of {prompt} are those signed for", figures
         )
 
     def tokens(self) -> LevelReport:
         if self.signed is None or self._openings is None:
-            raise NotCheckable("the tokens are not disclosed, so there is nothing to compare")
+            hidden = self.signed is not None and self.signed.openings is not None
+            raise NotCheckable(
+                "hidden tokens are not disclosed, and every later token depends on them"
+                if hidden
+                else "the tokens are not disclosed, so there is nothing to compare",
+                help=_OPEN_HIDDEN if hidden else "",
+            )
         if self._reference is None:
             raise NotCheckable(
                 "no reference model to compare with", help="name the folder of its weights (--model FOLDER)"
@@ -148,6 +162,22 @@ class _Audit:
                 "tokens", "inconclusive", why + notes, report.figures, "audit longer answers, or several"
             )
         return LevelReport("tokens", "pass", f"{_praise(report.figures)} ({report.source}){notes}", report.figures)
+
+
+def _partly_counted(receipt: Receipt) -> LevelReport:
+    """The visible tokens are the signed ones; that there are tokens behind the hidden leaves is not known."""
+    request, output = receipt.request, receipt.output
+    figures = {
+        "prompt_tokens": float(request.prompt_tokens),
+        "output_tokens": float(output.tokens),
+        "visible_tokens": float(output.visible),
+        "hidden_tokens": float(output.hidden),
+    }
+    summary = (
+        f"the {output.visible} visible tokens and the prompt are those signed for; {output.hidden} hidden tokens are "
+        "signed for too, but nobody has counted them here"
+    )
+    return LevelReport("count", "inconclusive", summary, figures, _OPEN_HIDDEN)
 
 
 def _praise_form(trusted: Trusted) -> str:

@@ -21,7 +21,7 @@ from countersign.verify import cbor
 from countersign.verify.cose import ALG, EDDSA, KEY_ID_SIZE, KID, SIGN1_TAG, encode1, key_id, sign1, verify1
 from countersign.verify.cose import CONTENT_TYPE as CTY
 from countersign.verify.errors import Malformed
-from countersign.verify.openings import Openings, from_cbor, to_cbor
+from countersign.verify.partial import Disclosure, from_cbor, to_cbor
 
 CONTENT_TYPE = "application/vnd.countersign.receipt+cbor"
 MAX_RECEIPT_BYTES = 16 * 1024 * 1024
@@ -40,7 +40,7 @@ class Envelope:
     """A receipt taken apart, nothing verified."""
 
     protected: bytes
-    openings: Openings | None
+    openings: Disclosure | None
     payload: bytes
     signature: bytes
     key_id: bytes
@@ -67,7 +67,7 @@ class Envelope:
         return hashlib.sha256(self.bare()).digest()
 
 
-def seal(payload: bytes, openings: Openings | None, key: Ed25519PrivateKey) -> Envelope:
+def seal(payload: bytes, openings: Disclosure | None, key: Ed25519PrivateKey) -> Envelope:
     """Signs the payload."""
     kid = key_id(key.public_key())
     protected, signature = sign1({ALG: EDDSA, CTY: CONTENT_TYPE, KID: kid}, payload, key)
@@ -137,5 +137,5 @@ def _checkpoint(unprotected: dict[object, object]) -> bytes | None:
     return None
 
 
-def _openings(unprotected: dict[object, object]) -> Openings | None:
+def _openings(unprotected: dict[object, object]) -> Disclosure | None:
     return from_cbor(unprotected[_OPENINGS]) if _OPENINGS in unprotected else None

@@ -97,6 +97,11 @@ def consistency_ranges(old: int, new: int) -> list[tuple[int, int]]:
     return own + list(_siblings(begin, old, new))
 
 
+def split(size: int) -> int:
+    """How many of ``size`` (2 or more) leaves lie left of the root: the largest power of two below it."""
+    return 1 << ((size - 1).bit_length() - 1)
+
+
 def inclusion_path(leaves: Sequence[bytes], index: int) -> list[bytes]:
     """The siblings from leaf ``index`` up to the root, lowest first (RFC 9162 section 2.1.3.1).
 

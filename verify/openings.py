@@ -45,14 +45,34 @@ class Openings:
 
 def prompt_digest(token_ids: Sequence[int], salt_key: bytes) -> bytes:
     """The salted digest (32 bytes) of the prompt as the target sees it."""
-    return hashlib.sha256(_PROMPT_DOMAIN + _salt(salt_key, _PROMPT_DOMAIN) + pack_ids(token_ids)).digest()
+    return salted_prompt(token_ids, prompt_salt(salt_key))
 
 
 def stop_digest(stop: Sequence[str], salt_key: bytes) -> bytes:
     """The salted digest (32 bytes) of the stop strings, in the order in which they were asked for."""
+    return salted_stop(stop, stop_salt(salt_key))
+
+
+def prompt_salt(salt_key: bytes) -> bytes:
+    """The salt (32 bytes) of the prompt's digest."""
+    return _salt(salt_key, _PROMPT_DOMAIN)
+
+
+def stop_salt(salt_key: bytes) -> bytes:
+    """The salt (32 bytes) of the stop strings' digest."""
+    return _salt(salt_key, _STOP_DOMAIN)
+
+
+def salted_prompt(token_ids: Sequence[int], salt: bytes) -> bytes:
+    """``prompt_digest`` for whoever has that salt only."""
+    return hashlib.sha256(_PROMPT_DOMAIN + salt + pack_ids(token_ids)).digest()
+
+
+def salted_stop(stop: Sequence[str], salt: bytes) -> bytes:
+    """``stop_digest`` for whoever has that salt only."""
     texts = [text.encode() for text in stop]
     packed = b"".join(struct.pack(">I", len(text)) + text for text in texts)
-    return hashlib.sha256(_STOP_DOMAIN + _salt(salt_key, _STOP_DOMAIN) + packed).digest()
+    return hashlib.sha256(_STOP_DOMAIN + salt + packed).digest()
 
 
 def token_salt(salt_key: bytes, index: int) -> bytes:

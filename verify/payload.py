@@ -37,9 +37,23 @@ class Model:
     build: Name
 
 
+MAX_SEGMENTS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenMarkers:
+    """The token ids between which output is hidden from the client, themselves included."""
+
+    begin: Count
+    end: Count
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked. ``prompt`` and ``stop`` are salted digests; ``seed`` is None where nothing was drawn."""
+    """What was asked. ``prompt`` and ``stop`` are salted digests; ``seed`` is None where nothing was drawn.
+
+    ``hidden``: what the deployment keeps to itself; None where the client sees every token.
+    """
 
     prompt: Digest
     prompt_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
@@ -54,6 +68,7 @@ class Request:
     stop: Digest
     coupling: Literal["gumbel", "none"]
     opened_unix_ms: UnixMilliseconds
+    hidden: HiddenMarkers | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +87,7 @@ class Output:
     tokens: Count
     hidden: Count
     visible: Count
-    segments: Annotated[tuple[Segment, ...], msgspec.Meta(max_length=512)]
+    segments: Annotated[tuple[Segment, ...], msgspec.Meta(max_length=MAX_SEGMENTS)]
     finish_reason: FinishReason
 
 

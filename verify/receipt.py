@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -24,15 +25,30 @@ from countersign.verify.envelope import (
     unseal,
 )
 from countersign.verify.errors import Inconsistent, Malformed, NotCheckable, OpeningMismatch, Untrusted
-from countersign.verify.openings import Openings, build_output, prompt_digest, stop_digest, token_leaves
-from countersign.verify.payload import Evidence, Model, Output, Receipt, Request, Segment, Usage
+from countersign.verify.openings import (
+    Openings,
+    build_output,
+    prompt_digest,
+    prompt_salt,
+    salted_prompt,
+    salted_stop,
+    stop_digest,
+    stop_salt,
+    token_leaves,
+)
+from countersign.verify.partial import Disclosure, PartialOpenings, opened_root, withhold
+from countersign.verify.payload import Evidence, HiddenMarkers, Model, Output, Receipt, Request, Segment, Usage
+from countersign.verify.segments import segments_of, visible_runs
 
 __all__ = [
     "MAX_RECEIPT_BYTES",
+    "Disclosure",
     "Evidence",
+    "HiddenMarkers",
     "Model",
     "Openings",
     "Output",
+    "PartialOpenings",
     "Receipt",
     "ReceiptVerifier",
     "Request",
@@ -49,6 +65,7 @@ __all__ = [
     "sign",
     "stop_digest",
     "strip",
+    "withheld",
 ]
 
 
@@ -61,7 +78,7 @@ class SignedReceipt:
     """
 
     receipt: Receipt
-    openings: Openings | None
+    openings: Disclosure | None
     key_id: bytes
     digest: bytes
     leaf: bytes
@@ -77,17 +94,19 @@ class ReceiptVerifier:
         2. It is one COSE_Sign1 in deterministic CBOR, nothing before, after or beside it.
         3. The protected header names EdDSA, the content type of receipts and a key id, and nothing else.
         4. The payload fits the schema of version 1: all of its keys and no others, types, bounds.
-        5. The claims do not contradict each other: hidden and visible add up, segments too; no more accepted than
-           drafted or answered, no token without a pass, nothing drafted with drafting off; not more tokens than
-           max_tokens, "length" means exactly max_tokens, "stop" at least one token; what is drawn has a seed; nothing
-           finishes before it starts.
+        5. The claims do not contradict each other: hidden and visible add up, segments too, which take turns; nothing
+           hidden without two different markers; no more accepted than drafted or answered, no token without a pass,
+           nothing drafted with drafting off; not more tokens than max_tokens, "length" means exactly max_tokens,
+           "stop" at least one token; what is drawn has a seed; nothing finishes before it starts.
         6. The key id is that of a trusted key.
         7. That key's signature over protected header and payload holds.
 
     ``count`` (the answer that is disclosed is the one that was signed and billed):
         8. Openings are there.
         9. Prompt and stop strings give the signed salted digests, the prompt has the signed number of tokens.
-        10. The output has the signed number of tokens and gives the signed Merkle root.
+        10. The output has the signed number of tokens and gives the signed Merkle root. Of partial openings the visible
+            tokens and the hashes in place of the hidden ones do, in a tree of the signed size.
+        11. The segments are those that the markers give; of partial openings: no visible token begins a hidden segment.
 
     Rules 1 to 5 come before the signature because they need no key, so that nonsense is told apart from an unknown
     signer. They read only what ``cbor`` has found to be small, shallow and plain.
@@ -109,8 +128,8 @@ class ReceiptVerifier:
         self._signed_by_trusted_key(envelope)  # 6, 7
         return signed
 
-    def count(self, signed: SignedReceipt) -> Openings:
-        """Rules 8 to 10; the openings, of which every token is now known to be the signed one.
+    def count(self, signed: SignedReceipt) -> Disclosure:
+        """Rules 8 to 11; the openings, of which every token is now known to be the signed one.
 
         Raises:
             NotCheckable: there are no openings.
@@ -123,7 +142,10 @@ class ReceiptVerifier:
                 help="ask the client or the provider for the receipt with its openings",
             )
         self._request_opens(receipt.request, openings)
-        self._output_opens(receipt, openings)
+        if isinstance(openings, PartialOpenings):
+            self._visible_opens(receipt, openings)
+        else:
+            self._output_opens(receipt, openings)
         return openings
 
     def _agreement(self, receipt: Receipt) -> None:
@@ -147,17 +169,18 @@ class ReceiptVerifier:
             )
         check_signature(envelope, key)
 
-    def _request_opens(self, request: Request, openings: Openings) -> None:
+    def _request_opens(self, request: Request, openings: Disclosure) -> None:
         if len(openings.prompt_token_ids) != request.prompt_tokens:
             raise OpeningMismatch(
                 "the opened prompt has another length",
                 signed=request.prompt_tokens,
                 opened=len(openings.prompt_token_ids),
             )
-        prompt = prompt_digest(openings.prompt_token_ids, openings.salt_key)
+        of_prompt, of_stop = _salts(openings)
+        prompt = salted_prompt(openings.prompt_token_ids, of_prompt)
         if prompt != request.prompt:
             raise OpeningMismatch("the opened prompt is not the signed one", signed=request.prompt, opened=prompt)
-        stop = stop_digest(openings.stop, openings.salt_key)
+        stop = salted_stop(openings.stop, of_stop)
         if stop != request.stop:
             raise OpeningMismatch("the opened stop strings are not the signed ones", signed=request.stop, opened=stop)
 
@@ -168,6 +191,16 @@ class ReceiptVerifier:
         root = merkle.root(token_leaves(receipt.request_id, opened, openings.salt_key))
         if root != output.root:
             raise OpeningMismatch("the opened output is not the signed one", signed=output.root, opened=root)
+        if output.segments != segments_of(openings.prompt_token_ids, opened, receipt.request.hidden):
+            raise OpeningMismatch("the signed segments are not those that the markers of hidden tokens give")
+
+    def _visible_opens(self, receipt: Receipt, openings: PartialOpenings) -> None:
+        output, markers = receipt.output, receipt.request.hidden
+        root = opened_root(receipt.request_id, output.tokens, visible_runs(output.segments), openings.leaves)
+        if root != output.root:
+            raise OpeningMismatch("the opened visible tokens are not the signed ones", signed=output.root, opened=root)
+        if markers is not None and markers.begin in openings.leaves.token_ids:
+            raise OpeningMismatch("a token that begins a hidden segment is signed as visible", token_id=markers.begin)
 
 
 def sign(receipt: Receipt, openings: Openings | None, private_key: Ed25519PrivateKey) -> bytes:
@@ -203,7 +236,14 @@ def strip(data: bytes) -> bytes:
     return unseal(data).bare()
 
 
-def attach(data: bytes, openings: Openings) -> bytes:
+def withheld(receipt: Receipt, openings: Openings) -> Disclosure:
+    """What the client of this answer is given: all, or all but what its hidden tokens are."""
+    if not receipt.output.hidden:
+        return openings
+    return withhold(openings, receipt.request_id, visible_runs(receipt.output.segments))
+
+
+def attach(data: bytes, openings: Disclosure) -> bytes:
     """The same receipt with these openings, which are checked to be its own.
 
     Raises:
@@ -249,6 +289,12 @@ def _read(envelope: Envelope) -> SignedReceipt:
     )
 
 
+def _salts(openings: Disclosure) -> tuple[bytes, bytes]:
+    if isinstance(openings, PartialOpenings):
+        return openings.prompt_salt, openings.stop_salt
+    return prompt_salt(openings.salt_key), stop_salt(openings.salt_key)
+
+
 def _output_claims(receipt: Receipt) -> tuple[tuple[bool, str], ...]:
     output, most = receipt.output, receipt.request.max_tokens
     by_kind = {"hidden": 0, "visible": 0}
@@ -257,6 +303,11 @@ def _output_claims(receipt: Receipt) -> tuple[tuple[bool, str], ...]:
     return (
         (output.hidden + output.visible != output.tokens, "hidden and visible tokens do not add up to the tokens"),
         (by_kind != {"hidden": output.hidden, "visible": output.visible}, "the segments do not add up to the counts"),
+        (
+            any(one.kind == other.kind for one, other in pairwise(output.segments)),
+            "two segments in a row are of one kind",
+        ),
+        (output.hidden > 0 and receipt.request.hidden is None, "hidden tokens without markers that hide them"),
         (output.tokens > most, "more tokens than max_tokens"),
         (output.finish_reason == "length" and output.tokens != most, 'ended by "length" before max_tokens'),
         (output.finish_reason == "stop" and output.tokens == 0, 'ended by "stop" without a token'),
@@ -277,8 +328,9 @@ def _speed_claims(receipt: Receipt) -> tuple[tuple[bool, str], ...]:
 
 def _request_claims(receipt: Receipt) -> tuple[tuple[bool, str], ...]:
     request, usage = receipt.request, receipt.usage
-    joules = usage.joules
+    joules, hidden = usage.joules, request.hidden
     return (
+        (hidden is not None and hidden.begin == hidden.end, "one marker begins and ends hidden tokens"),
         (request.temperature > 0 and request.seed is None, "tokens were drawn without a seed"),
         (
             (request.seed is None) != (request.seed_source == "none"),

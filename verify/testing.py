@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from countersign.verify.payload import Evidence, FinishReason, Model, Receipt, Request, Usage
+from countersign.verify.payload import Evidence, FinishReason, HiddenMarkers, Model, Receipt, Request, Usage
 from countersign.verify.receipt import Openings, build_output, prompt_digest, stop_digest
+from countersign.verify.segments import segments_of
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,7 @@ def example_receipt(
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     request_id: str = "example-1",
+    hidden: HiddenMarkers | None = None,
 ) -> tuple[Receipt, Openings]:
     """A receipt that adds up, and its openings."""
     asked = asked or Asked()
@@ -87,13 +89,16 @@ def example_receipt(
         stop=stop_digest(stop, SALT_KEY),
         coupling="gumbel",
         opened_unix_ms=1_750_000_000_000,
+        hidden=hidden,
     )
     accepted = len(output) // 2
     receipt = Receipt(
         request_id=request_id,
         model=model or example_model(),
         request=request,
-        output=build_output(request_id, output, SALT_KEY, finish_reason=finish_reason),
+        output=build_output(
+            request_id, output, SALT_KEY, finish_reason=finish_reason, segments=segments_of(prompt, output, hidden)
+        ),
         evidence=Evidence(
             commit=hashlib.sha256(b"last record").digest(),
             records=2 + len(output) - accepted,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from countersign.services.engine.text import StopMatcher
-from countersign.v1.router_pb2 import Token, Tokens, TokenSource
+from countersign.v1.router_pb2 import Hidden, Token, Tokens, TokenSource
+from countersign.verify.segments import Segmenter
 
 CONTEXT_TOKENS = 8
 
@@ -16,6 +18,7 @@ CONTEXT_TOKENS = 8
 class _Waiting:
     token: Token
     owed: int
+    hidden: bool
 
 
 @dataclass(slots=True)
@@ -24,10 +27,12 @@ class Answer:
 
     A token goes out once its text is settled: no character is open in it and no stop string can begin in it. So the
     joined texts are the answer, and a token at a position has the same text for whoever reads it, from any position.
+    Of hidden tokens only their number goes out.
     """
 
     stop: tuple[str, ...] = ()
     position: int = 0
+    segmenter: Segmenter = field(default_factory=lambda: Segmenter(None))
     undecoded: list[int] = field(default_factory=list)
     context: list[int] = field(default_factory=list)
     _sources: deque[TokenSource.ValueType] = field(default_factory=deque)
@@ -49,8 +54,8 @@ class Answer:
             self._sources.append(TokenSource.TOKEN_SOURCE_DRAFT if drafted else TokenSource.TOKEN_SOURCE_TARGET)
             self.undecoded.append(token)
 
-    def decoded(self, pieces: Sequence[str], *, final: bool = False) -> Tokens | None:
-        """Take the pieces of the first of ``undecoded``; the tokens that may go out now, None when there is none.
+    def decoded(self, pieces: Sequence[str], *, final: bool = False) -> list[Tokens | Hidden]:
+        """Take the pieces of the first of ``undecoded``; the tokens that may go out now, hidden ones apart.
 
         ``final``: nothing follows, whatever is held goes out.
         """
@@ -58,18 +63,18 @@ class Answer:
         if final and not self._matcher.stopped:
             released += self._matcher.flush()
         settled = final or self._matcher.stopped
-        tokens = self._release(released, settled)
-        start, self._sent = self._sent, self._sent + len(tokens)
-        fresh = tokens[max(0, self.position - start) :]
-        return Tokens(position=max(start, self.position), tokens=fresh) if fresh else None
+        waited = self._release(released, settled)
+        start, self._sent = self._sent, self._sent + len(waited)
+        return _runs(max(start, self.position), waited[max(0, self.position - start) :])
 
     def _feed(self, piece: str) -> str:
         token = self.undecoded.pop(0)
         self.context = [*self.context, token][-CONTEXT_TOKENS:]
-        self._waiting.append(_Waiting(Token(id=token, source=self._sources.popleft()), len(piece)))
+        fresh = Token(id=token, source=self._sources.popleft())
+        self._waiting.append(_Waiting(fresh, len(piece), self.segmenter.feed(token)))
         return self._matcher.feed(piece).text
 
-    def _release(self, text: str, settled: bool) -> list[Token]:
+    def _release(self, text: str, settled: bool) -> list[_Waiting]:
         """Hand the released text to the waiting tokens in order; once settled, all of them go out."""
         out = []
         while self._waiting:
@@ -79,5 +84,17 @@ class Answer:
             first.owed -= len(taken)
             if first.owed and not settled:
                 break
-            out.append(self._waiting.popleft().token)
+            out.append(self._waiting.popleft())
         return out
+
+
+def _runs(position: int, waited: Iterable[_Waiting]) -> list[Tokens | Hidden]:
+    out: list[Tokens | Hidden] = []
+    for hidden, run in groupby(waited, key=lambda one: one.hidden):
+        tokens = [one.token for one in run]
+        if hidden:
+            out.append(Hidden(position=position, tokens=len(tokens)))
+        else:
+            out.append(Tokens(position=position, tokens=tokens))
+        position += len(tokens)
+    return out

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from countersign.services.protocol.commit import LogState
 from countersign.services.runtime.announcer import Announcer, Party
-from countersign.v1.event_pb2 import Delivered, Followed
+from countersign.v1.event_pb2 import Delivered, Followed, ProtocolEvent
 from countersign.v1.router_pb2 import StreamEvent
 
 
@@ -28,10 +29,15 @@ class Client:
             self.introduced = True
             what.append(self.party.says(log.sequence, followed=Followed(position=self.position)))
         if event.HasField("tokens"):
-            token_ids = [token.id for token in event.tokens.tokens]
-            sent = Delivered(position=event.tokens.position, token_ids=token_ids)
-            what.append(self.party.says(log.sequence, delivered=sent))
-            self.position = event.tokens.position + len(token_ids)
+            what.append(self._given(log, event.tokens.position, [token.id for token in event.tokens.tokens]))
+        elif event.HasField("hidden"):
+            # The client has their number; which they are is in the log.
+            start = event.hidden.position
+            what.append(self._given(log, start, log.token_ids[start : start + event.hidden.tokens]))
         elif event.HasField("finished"):
             what.append(self.party.says(log.sequence, finished=Delivered(position=self.position)))
         self.announcer.soon(*what)
+
+    def _given(self, log: LogState, position: int, token_ids: Sequence[int]) -> ProtocolEvent:
+        self.position = position + len(token_ids)
+        return self.party.says(log.sequence, delivered=Delivered(position=position, token_ids=token_ids))

@@ -21,8 +21,10 @@ from countersign.services.router.text import Text
 from countersign.services.runtime.announcer import Announcer
 from countersign.services.runtime.errors import DataLoss, DeadlineExceeded, Unavailable, translated
 from countersign.services.runtime.journal import Entry, Journal
-from countersign.v1.router_pb2 import Accepted, Finished, StreamEvent
+from countersign.v1.router_pb2 import Accepted, Finished, StreamEvent, Tokens
 from countersign.v1.sampling_pb2 import FinishReason
+from countersign.verify.logged import markers_of
+from countersign.verify.segments import Segmenter
 
 # How often it is looked whether anyone works on a silent request.
 CHECK_S = 0.25
@@ -126,9 +128,8 @@ class Follower:
         pieces: Sequence[str] = ()
         if answer.undecoded:
             pieces = await self.text.decode(answer.context, answer.undecoded, final=final)
-        tokens = answer.decoded(pieces, final=final)
-        if tokens is not None:
-            yield StreamEvent(tokens=tokens)
+        for out in answer.decoded(pieces, final=final):
+            yield StreamEvent(tokens=out) if isinstance(out, Tokens) else StreamEvent(hidden=out)
 
     async def _finished(self, log: LogState, ended: Ended) -> Finished:
         receipt = await self.receipts.of(log) if ended.receipt_digest else b""
@@ -143,7 +144,8 @@ def _read(reader: Reader, entry: Entry) -> list[Event]:
 def _answer(log: LogState, position: int) -> Answer:
     if log.opened is None:
         raise DataLoss(f"the log of request {log.request_id} does not begin with Opened")
-    answer = Answer(stop=tuple(log.opened.sampling.stop), position=position)
+    segmenter = Segmenter(markers_of(log.opened), log.opened.prompt_token_ids)
+    answer = Answer(stop=tuple(log.opened.sampling.stop), position=position, segmenter=segmenter)
     answer.prompt(log.opened.prompt_token_ids)
     return answer
 

@@ -10,7 +10,7 @@ from countersign.services.runtime.errors import DataLoss
 from countersign.services.runtime.journal import Journal
 from countersign.verify.errors import VerificationError
 from countersign.verify.logged import openings_of
-from countersign.verify.receipt import attach, receipt_digest
+from countersign.verify.receipt import attach, parse, receipt_digest, withheld
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Receipts:
         return next((entry.data for entry in entries if receipt_digest(entry.data) == digest), None)
 
     async def of(self, log: LogState) -> bytes:
-        """The receipt that ``log`` was closed with, openings attached. Raises DataLoss when it is not there."""
+        """The receipt that ``log`` was closed with, and what the client may open. Raises DataLoss when it is gone."""
         digest = log.closed.receipt_sha256 if log.closed is not None else b""
         try:
             data = await self._named(log.request_id, digest)
@@ -43,6 +43,6 @@ class Receipts:
                 raise DataLoss(
                     f"the receipt that closed request {log.request_id} is not in the store", reason="RECEIPT_LOST"
                 )
-            return attach(data, openings_of(log))
+            return attach(data, withheld(parse(data).receipt, openings_of(log)))
         except VerificationError as error:
             raise DataLoss(f"the stored receipt of request {log.request_id} is damaged: {error}") from error

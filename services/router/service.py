@@ -218,6 +218,7 @@ class RouterService:
                 tenant=request.tenant or DEFAULT_TENANT,
                 opened_unix_ms=now,
                 salt_key=os.urandom(32),
+                hidden=model.hidden if model.HasField("hidden") else None,
             )
         )
         try:

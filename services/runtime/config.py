@@ -73,6 +73,10 @@ NatsUrl = Annotated[
     ),
 ]
 
+Markers = Annotated[
+    str, msgspec.Meta(pattern=r"^$|^\S+ \S+$", description="two tokens with a space between, or empty for none")
+]
+
 _LOCAL = "127.0.0.1:0"
 _DEMO_TARGET = Path("infra/models/demo-target")
 _DEMO_DRAFT = Path("infra/models/demo-draft")
@@ -150,6 +154,7 @@ class TargetConfig:
     prefill_chunk: Count = 256  # prompt tokens of one request a forward pass
     kv_store: Switch = True
     kv_wire: KvWire = "exact"  # fp8 or int8: blocks are stored in a quarter of the room, and receipts say so
+    hidden_markers: Markers = ""  # "<think> </think>": output between them is billed and signed, not shown
 
 
 @dataclass(frozen=True, slots=True)

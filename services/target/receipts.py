@@ -12,7 +12,7 @@ from countersign.v1.commit_pb2 import Opened
 from countersign.v1.router_pb2 import ModelInfo
 from countersign.v1.sampling_pb2 import Drafting, FinishReason
 from countersign.verify import receipt as receipts
-from countersign.verify.logged import openings_of
+from countersign.verify.logged import markers_of, openings_of, segments_in
 from countersign.verify.payload import FinishReason as SignedReason
 from countersign.verify.payload import KvPolicy
 
@@ -55,7 +55,11 @@ class ReceiptMaker:
             model=self._model,
             request=_request(opened),
             output=receipts.build_output(
-                log.request_id, log.token_ids, opened.salt_key, finish_reason=finish_name(reason)
+                log.request_id,
+                log.token_ids,
+                opened.salt_key,
+                finish_reason=finish_name(reason),
+                segments=segments_in(log, opened),
             ),
             evidence=receipts.Evidence(
                 commit=log.digest,
@@ -96,4 +100,5 @@ def _request(opened: Opened) -> receipts.Request:
         stop=receipts.stop_digest(params.stop, opened.salt_key),
         coupling="gumbel",
         opened_unix_ms=opened.opened_unix_ms,
+        hidden=markers_of(opened),
     )

@@ -42,6 +42,7 @@ from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.service import Call, Context
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
+from countersign.services.target.hiding import markers
 from countersign.services.target.loop import TargetLoop
 from countersign.services.target.prefilling import PrefillJob, prefill_id
 from countersign.services.target.prefixes import Prefixes, PrefixKeys
@@ -295,7 +296,8 @@ async def create(context: Context) -> TargetService:
     """Load the model of ``target.model`` and the signing key, which is made at the first start.
 
     Raises FailedPrecondition when the folder is not understood (BAD_CHECKPOINT), cannot be computed here
-    (BAD_CONFIGURATION), or the key is unreadable (BAD_KEY_FILE).
+    (BAD_CONFIGURATION), its vocabulary lacks the hidden markers (BAD_HIDDEN_MARKERS), or the key is unreadable
+    (BAD_KEY_FILE).
     """
     config = context.config.target
     model, cache, tokenizer = _load(config)
@@ -317,6 +319,9 @@ async def create(context: Context) -> TargetService:
         drafting=context.config.draft.enabled,
         cache_tokens=config.cache_tokens,
     )
+    hidden = markers(config.hidden_markers, tokenizer)
+    if hidden is not None:
+        info.hidden.CopyFrom(hidden)
     build = (
         f"countersign/{__version__} {model.executor.name} torch/{torch.__version__} python/{platform.python_version()}"
     )

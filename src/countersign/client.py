@@ -25,6 +25,7 @@ from countersign.events import (
     Event,
     Finished,
     FinishReason,
+    Hidden,
     Info,
     ModelInfo,
     Token,
@@ -48,6 +49,7 @@ __all__ = [
     "FinishReason",
     "Finished",
     "GenerateOptions",
+    "Hidden",
     "Info",
     "ModelInfo",
     "Token",
@@ -132,6 +134,8 @@ class Client:
         tenant: str = "",
     ) -> AsyncGenerator[Event, None]:
         """Answer ``prompt``, text or token ids: ``Accepted``, ``Tokens`` as they are committed, then ``Finished``.
+
+        Of tokens that the deployment hides (reasoning) only the number comes, as ``Hidden``.
 
         The output is a function of the weights, the prompt and the sampling arguments alone. When ``temperature`` is
         above 0 and ``seed`` is None, a seed is drawn here from the system's randomness, since the provider must never
@@ -282,16 +286,26 @@ class _Progress:
                     yield event
                 self.request_id, self._accepted = event.request_id, True
             case Tokens():
-                tokens = event.tokens[max(0, self.position - event.position) :]
-                if event.position > self.position:
-                    raise DataLoss(f"output tokens {self.position} to {event.position - 1} never came", reason="GAP")
+                tokens = event.tokens[self._known(event.position) :]
                 if tokens:
                     event = Tokens(self.position, tokens)
                     self.position += len(tokens)
                     yield event
+            case Hidden():
+                fresh = event.count - self._known(event.position)
+                if fresh > 0:
+                    event = Hidden(self.position, fresh)
+                    self.position += fresh
+                    yield event
             case Finished():
                 self._finished = True
                 yield event
+
+    def _known(self, position: int) -> int:
+        """How many tokens from ``position`` on have come before. Raises DataLoss: reason GAP."""
+        if position > self.position:
+            raise DataLoss(f"output tokens {self.position} to {position - 1} never came", reason="GAP")
+        return self.position - position
 
     def require_finished(self) -> None:
         """Raises Unavailable(STREAM_ENDED)."""

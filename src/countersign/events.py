@@ -75,6 +75,14 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Hidden:
+    """So many committed tokens, the model's reasoning, that are not shown; ``position`` output tokens came before."""
+
+    position: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The answer is final. ``receipt`` is as ``countersign audit`` reads it, empty when none could be made."""
 
@@ -84,7 +92,7 @@ class Finished:
     message: str = ""
 
 
-Event = Accepted | Tokens | Finished
+Event = Accepted | Tokens | Hidden | Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +159,8 @@ def event_from_wire(message: router_pb2.StreamEvent, seed: int | None = None) ->
             return Accepted(accepted.request_id, accepted.model, accepted.prompt_tokens, seed)
         case "tokens":
             return Tokens(message.tokens.position, tuple(map(_token, message.tokens.tokens)))
+        case "hidden":
+            return Hidden(message.hidden.position, message.hidden.tokens)
         case "finished":
             finished = message.finished
             return Finished(

@@ -182,6 +182,7 @@ async def test_json_is_one_object_with_all_of_the_answer(
         "text": "".join(TEXTS),
         "token_ids": [0, 1, 2, 3],
         "sources": ["draft", "draft", "target", "target"],
+        "hidden_tokens": 0,
         "finish": "length",
         "message": "",
         "usage": {**USAGE, "cached_prompt_tokens": 0},

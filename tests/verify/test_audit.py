@@ -48,7 +48,7 @@ def test_an_honest_answer_passes_every_level(honest: bytes, reference: Reference
     report = audit(honest, trusted_keys=KEYS, reference=lambda _: reference)
     assert report.verdict == "pass"
     assert outcomes(report) == [("form", "pass"), ("count", "pass"), ("tokens", "pass")]
-    assert report.levels[1].figures == {"prompt_tokens": 10, "output_tokens": 16}
+    assert report.levels[1].figures == {"prompt_tokens": 10, "output_tokens": 16, "hidden_tokens": 0}
     assert report.levels[2].figures["exact_matches"] == 16
 
 

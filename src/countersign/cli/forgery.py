@@ -7,6 +7,7 @@ from dataclasses import replace
 from countersign.verify import payload
 from countersign.verify.envelope import unseal
 from countersign.verify.errors import NotCheckable
+from countersign.verify.receipt import Openings, PartialOpenings
 
 OVERBILLED = 100
 
@@ -14,12 +15,18 @@ OVERBILLED = 100
 def other_token(receipt: bytes) -> bytes:
     """One token of the disclosed answer is another. Raises NotCheckable when no token is disclosed."""
     envelope = unseal(receipt)
-    openings = envelope.openings
-    if openings is None or not openings.output_token_ids:
-        raise NotCheckable("the receipt discloses no token that could be changed")
-    ids = list(openings.output_token_ids)
-    ids[len(ids) // 2] ^= 1
-    return replace(envelope, openings=replace(openings, output_token_ids=tuple(ids))).encode()
+    match envelope.openings:
+        case Openings(output_token_ids=ids) as openings if ids:
+            return replace(envelope, openings=replace(openings, output_token_ids=_altered(ids))).encode()
+        case PartialOpenings(leaves=leaves) as openings if leaves.token_ids:
+            changed = replace(leaves, token_ids=_altered(leaves.token_ids))
+            return replace(envelope, openings=replace(openings, leaves=changed)).encode()
+    raise NotCheckable("the receipt discloses no token that could be changed")
+
+
+def _altered(ids: tuple[int, ...]) -> tuple[int, ...]:
+    middle = len(ids) // 2
+    return (*ids[:middle], ids[middle] ^ 1, *ids[middle + 1 :])
 
 
 def other_count(receipt: bytes) -> bytes:

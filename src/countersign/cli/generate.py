@@ -89,12 +89,13 @@ class Answering:
     request_id: str = ""
     seed: int | None = None
     tokens: list[Token] = field(default_factory=list)
+    hidden: int = 0
     finished: Finished | None = None
     seconds: float = 0.0
     _started: float = field(default_factory=time.perf_counter)
 
     def take(self, event: Event) -> None:
-        from countersign.client import Accepted, Finished, Tokens
+        from countersign.client import Accepted, Finished, Hidden, Tokens
 
         match event:
             case Accepted():
@@ -105,6 +106,8 @@ class Answering:
                 self.tokens += event.tokens
                 if self.printer is not None:
                     self.printer.tokens(event.tokens)
+            case Hidden():
+                self.hidden += event.count
             case Finished():
                 self.finished, self.seconds = event, time.perf_counter() - self._started
 
@@ -126,7 +129,7 @@ class Answering:
         if self.printer is None:
             print(json.dumps(self._summary(finished, written)))
         else:
-            self.printer.footer(finished, self.seconds, written)
+            self.printer.footer(finished, self.seconds, written, hidden=self.hidden)
         if finished.reason is FinishReason.ERROR:
             raise Internal(f"the answer ended early: {finished.message}", reason="ANSWER_FAILED")
         if self.receipt is not None and written is None:
@@ -137,6 +140,7 @@ class Answering:
             "text": "".join(token.text for token in self.tokens),
             "token_ids": [token.id for token in self.tokens],
             "sources": [token.source for token in self.tokens],
+            "hidden_tokens": self.hidden,
             "finish": finished.reason,
             "message": finished.message,
             "usage": asdict(finished.usage),

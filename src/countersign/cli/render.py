@@ -48,13 +48,15 @@ class AnswerPrinter:
         if self._line_open:
             self._write(self._console, "\n", Style.null())
 
-    def footer(self, finished: Finished, seconds: float, receipt: Path | None = None) -> None:
+    def footer(self, finished: Finished, seconds: float, receipt: Path | None = None, *, hidden: int = 0) -> None:
         """One line: tokens, rate, drafts, tokens per target pass, why it ended, where the receipt is."""
         self.end()
         if _coloured(self._notes):
             for source in (TokenSource.DRAFT, TokenSource.TARGET):
                 self._write(self._notes, f"■ {source} ", SOURCES[source])
         parts = [*figures(finished, seconds), f"ended by {finished.reason}"]
+        if hidden:
+            parts.insert(1, f"{hidden} of them hidden")
         if receipt is not None:
             parts.append(f"receipt {receipt}")
         self._write(self._notes, " · ".join(parts) + "\n", NOTE)

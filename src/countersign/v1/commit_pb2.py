@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from countersign.v1 import sampling_pb2 as countersign_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ountersign/v1/commit.proto\x12\x0e\x63ountersign.v1\x1a\x1d\x63ountersign/v1/sampling.proto\"\xa5\x02\n\x0c\x43ommitRecord\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0fprevious_sha256\x18\x02 \x01(\x0c\x12(\n\x06opened\x18\x03 \x01(\x0b\x32\x16.countersign.v1.OpenedH\x00\x12,\n\x08\x61ssigned\x18\x04 \x01(\x0b\x32\x18.countersign.v1.AssignedH\x00\x12,\n\x08\x65xtended\x18\x05 \x01(\x0b\x32\x18.countersign.v1.ExtendedH\x00\x12.\n\tcancelled\x18\x06 \x01(\x0b\x32\x19.countersign.v1.CancelledH\x00\x12(\n\x06\x63losed\x18\x07 \x01(\x0b\x32\x16.countersign.v1.ClosedH\x00\x42\x08\n\x06record\"\xfb\x01\n\x06Opened\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x02 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x30\n\x08sampling\x18\x04 \x01(\x0b\x32\x1e.countersign.v1.SamplingParams\x12*\n\x08\x64rafting\x18\x05 \x01(\x0e\x32\x18.countersign.v1.Drafting\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x06 \x01(\x03\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x16\n\x0eopened_unix_ms\x18\x08 \x01(\x03\x12\x10\n\x08salt_key\x18\t \x01(\x0c\"+\n\x08\x41ssigned\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x10\n\x08instance\x18\x02 \x01(\t\"{\n\x08\x45xtended\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0f\n\x07\x64rafted\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x06 \x01(\r\"\x1a\n\tCancelled\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\"\x85\x01\n\x06\x43losed\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.countersign.v1.FinishReason\x12\x16\n\x0ereceipt_sha256\x18\x02 \x01(\x0c\x12$\n\x05usage\x18\x03 \x01(\x0b\x32\x15.countersign.v1.Usage\x12\x0f\n\x07message\x18\x04 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ountersign/v1/commit.proto\x12\x0e\x63ountersign.v1\x1a\x1d\x63ountersign/v1/sampling.proto\"\xa5\x02\n\x0c\x43ommitRecord\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0fprevious_sha256\x18\x02 \x01(\x0c\x12(\n\x06opened\x18\x03 \x01(\x0b\x32\x16.countersign.v1.OpenedH\x00\x12,\n\x08\x61ssigned\x18\x04 \x01(\x0b\x32\x18.countersign.v1.AssignedH\x00\x12,\n\x08\x65xtended\x18\x05 \x01(\x0b\x32\x18.countersign.v1.ExtendedH\x00\x12.\n\tcancelled\x18\x06 \x01(\x0b\x32\x19.countersign.v1.CancelledH\x00\x12(\n\x06\x63losed\x18\x07 \x01(\x0b\x32\x16.countersign.v1.ClosedH\x00\x42\x08\n\x06record\"\xaa\x02\n\x06Opened\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x02 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x30\n\x08sampling\x18\x04 \x01(\x0b\x32\x1e.countersign.v1.SamplingParams\x12*\n\x08\x64rafting\x18\x05 \x01(\x0e\x32\x18.countersign.v1.Drafting\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x06 \x01(\x03\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x16\n\x0eopened_unix_ms\x18\x08 \x01(\x03\x12\x10\n\x08salt_key\x18\t \x01(\x0c\x12-\n\x06hidden\x18\n \x01(\x0b\x32\x1d.countersign.v1.HiddenMarkers\"+\n\x08\x41ssigned\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x10\n\x08instance\x18\x02 \x01(\t\"{\n\x08\x45xtended\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0f\n\x07\x64rafted\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x06 \x01(\r\"\x1a\n\tCancelled\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\"\x85\x01\n\x06\x43losed\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.countersign.v1.FinishReason\x12\x16\n\x0ereceipt_sha256\x18\x02 \x01(\x0c\x12$\n\x05usage\x18\x03 \x01(\x0b\x32\x15.countersign.v1.Usage\x12\x0f\n\x07message\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,13 +35,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMITRECORD']._serialized_start=79
   _globals['_COMMITRECORD']._serialized_end=372
   _globals['_OPENED']._serialized_start=375
-  _globals['_OPENED']._serialized_end=626
-  _globals['_ASSIGNED']._serialized_start=628
-  _globals['_ASSIGNED']._serialized_end=671
-  _globals['_EXTENDED']._serialized_start=673
-  _globals['_EXTENDED']._serialized_end=796
-  _globals['_CANCELLED']._serialized_start=798
-  _globals['_CANCELLED']._serialized_end=824
-  _globals['_CLOSED']._serialized_start=827
-  _globals['_CLOSED']._serialized_end=960
+  _globals['_OPENED']._serialized_end=673
+  _globals['_ASSIGNED']._serialized_start=675
+  _globals['_ASSIGNED']._serialized_end=718
+  _globals['_EXTENDED']._serialized_start=720
+  _globals['_EXTENDED']._serialized_end=843
+  _globals['_CANCELLED']._serialized_start=845
+  _globals['_CANCELLED']._serialized_end=871
+  _globals['_CLOSED']._serialized_start=874
+  _globals['_CLOSED']._serialized_end=1007
 # @@protoc_insertion_point(module_scope)

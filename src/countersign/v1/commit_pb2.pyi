@@ -94,6 +94,7 @@ class Opened(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     OPENED_UNIX_MS_FIELD_NUMBER: _builtins.int
     SALT_KEY_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     weights_sha256: _builtins.bytes
@@ -116,6 +117,10 @@ class Opened(_message.Message):
     def sampling(self) -> _sampling_pb2.SamplingParams:
         """What the output is a function of; top_p is always set."""
 
+    @_builtins.property
+    def hidden(self) -> _sampling_pb2.HiddenMarkers:
+        """What of the output the client does not see; unset: it sees all."""
+
     def __init__(
         self,
         *,
@@ -128,10 +133,11 @@ class Opened(_message.Message):
         tenant: _builtins.str = ...,
         opened_unix_ms: _builtins.int = ...,
         salt_key: _builtins.bytes = ...,
+        hidden: _sampling_pb2.HiddenMarkers | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_unix_ms", b"deadline_unix_ms", "drafting", b"drafting", "model", b"model", "opened_unix_ms", b"opened_unix_ms", "prompt_token_ids", b"prompt_token_ids", "salt_key", b"salt_key", "sampling", b"sampling", "tenant", b"tenant", "weights_sha256", b"weights_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_unix_ms", b"deadline_unix_ms", "drafting", b"drafting", "hidden", b"hidden", "model", b"model", "opened_unix_ms", b"opened_unix_ms", "prompt_token_ids", b"prompt_token_ids", "salt_key", b"salt_key", "sampling", b"sampling", "tenant", b"tenant", "weights_sha256", b"weights_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from countersign.v1 import sampling_pb2 as countersign_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ountersign/v1/router.proto\x12\x0e\x63ountersign.v1\x1a\x1d\x63ountersign/v1/sampling.proto\"\xb4\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12-\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x18.countersign.v1.TokenIdsH\x00\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.countersign.v1.SamplingParams\x12*\n\x08\x64rafting\x18\x06 \x01(\x0e\x32\x18.countersign.v1.Drafting\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\x33\n\ron_disconnect\x18\x08 \x01(\x0e\x32\x1c.countersign.v1.OnDisconnect\x12\x0e\n\x06tenant\x18\t \x01(\tB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\">\n\x10GenerateResponse\x12*\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.countersign.v1.StreamEvent\"\x9c\x01\n\x0bStreamEvent\x12,\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x18.countersign.v1.AcceptedH\x00\x12(\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.countersign.v1.TokensH\x00\x12,\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x18.countersign.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"D\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"N\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12+\n\x06source\x18\x02 \x01(\x0e\x32\x1b.countersign.v1.TokenSource\x12\x0c\n\x04text\x18\x03 \x01(\t\"A\n\x06Tokens\x12\x10\n\x08position\x18\x01 \x01(\r\x12%\n\x06tokens\x18\x02 \x03(\x0b\x32\x15.countersign.v1.Token\"\x80\x01\n\x08\x46inished\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.countersign.v1.FinishReason\x12$\n\x05usage\x18\x02 \x01(\x0b\x32\x15.countersign.v1.Usage\x12\x0f\n\x07receipt\x18\x03 \x01(\x0c\x12\x0f\n\x07message\x18\x04 \x01(\t\"5\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\r\"<\n\x0eResumeResponse\x12*\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.countersign.v1.StreamEvent\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\">\n\x0e\x43\x61ncelResponse\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.countersign.v1.FinishReason\"\'\n\x11GetReceiptRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"%\n\x12GetReceiptResponse\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x10\n\x0eGetInfoRequest\"M\n\x0fGetInfoResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.countersign.v1.ModelInfo\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xdf\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x02 \x01(\x0c\x12\x18\n\x10tokenizer_sha256\x18\x03 \x01(\x0c\x12\x15\n\rconfig_sha256\x18\x04 \x01(\x0c\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x13\n\x0breceipt_key\x18\x08 \x01(\x0c\x12\x10\n\x08\x64rafting\x18\t \x01(\x08\x12\x14\n\x0c\x63\x61\x63he_tokens\x18\n \x01(\x04*c\n\x0cOnDisconnect\x12\x1d\n\x19ON_DISCONNECT_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_DISCONNECT_CANCEL\x10\x01\x12\x1a\n\x16ON_DISCONNECT_CONTINUE\x10\x02*\\\n\x0bTokenSource\x12\x1c\n\x18TOKEN_SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13TOKEN_SOURCE_TARGET\x10\x01\x12\x16\n\x12TOKEN_SOURCE_DRAFT\x10\x02\x32\xe4\x03\n\rRouterService\x12O\n\x08Generate\x12\x1f.countersign.v1.GenerateRequest\x1a .countersign.v1.GenerateResponse0\x01\x12I\n\x06Resume\x12\x1d.countersign.v1.ResumeRequest\x1a\x1e.countersign.v1.ResumeResponse0\x01\x12G\n\x06\x43\x61ncel\x12\x1d.countersign.v1.CancelRequest\x1a\x1e.countersign.v1.CancelResponse\x12S\n\nGetReceipt\x12!.countersign.v1.GetReceiptRequest\x1a\".countersign.v1.GetReceiptResponse\x12M\n\x08Tokenize\x12\x1f.countersign.v1.TokenizeRequest\x1a .countersign.v1.TokenizeResponse\x12J\n\x07GetInfo\x12\x1e.countersign.v1.GetInfoRequest\x1a\x1f.countersign.v1.GetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ountersign/v1/router.proto\x12\x0e\x63ountersign.v1\x1a\x1d\x63ountersign/v1/sampling.proto\"\xb4\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12-\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x18.countersign.v1.TokenIdsH\x00\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.countersign.v1.SamplingParams\x12*\n\x08\x64rafting\x18\x06 \x01(\x0e\x32\x18.countersign.v1.Drafting\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\x33\n\ron_disconnect\x18\x08 \x01(\x0e\x32\x1c.countersign.v1.OnDisconnect\x12\x0e\n\x06tenant\x18\t \x01(\tB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\">\n\x10GenerateResponse\x12*\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.countersign.v1.StreamEvent\"\xc6\x01\n\x0bStreamEvent\x12,\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x18.countersign.v1.AcceptedH\x00\x12(\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.countersign.v1.TokensH\x00\x12,\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x18.countersign.v1.FinishedH\x00\x12(\n\x06hidden\x18\x04 \x01(\x0b\x32\x16.countersign.v1.HiddenH\x00\x42\x07\n\x05\x65vent\"D\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"N\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12+\n\x06source\x18\x02 \x01(\x0e\x32\x1b.countersign.v1.TokenSource\x12\x0c\n\x04text\x18\x03 \x01(\t\"A\n\x06Tokens\x12\x10\n\x08position\x18\x01 \x01(\r\x12%\n\x06tokens\x18\x02 \x03(\x0b\x32\x15.countersign.v1.Token\"*\n\x06Hidden\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\x80\x01\n\x08\x46inished\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.countersign.v1.FinishReason\x12$\n\x05usage\x18\x02 \x01(\x0b\x32\x15.countersign.v1.Usage\x12\x0f\n\x07receipt\x18\x03 \x01(\x0c\x12\x0f\n\x07message\x18\x04 \x01(\t\"5\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\r\"<\n\x0eResumeResponse\x12*\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.countersign.v1.StreamEvent\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\">\n\x0e\x43\x61ncelResponse\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.countersign.v1.FinishReason\"\'\n\x11GetReceiptRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"%\n\x12GetReceiptResponse\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x10\n\x0eGetInfoRequest\"M\n\x0fGetInfoResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.countersign.v1.ModelInfo\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x8e\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x02 \x01(\x0c\x12\x18\n\x10tokenizer_sha256\x18\x03 \x01(\x0c\x12\x15\n\rconfig_sha256\x18\x04 \x01(\x0c\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x13\n\x0breceipt_key\x18\x08 \x01(\x0c\x12\x10\n\x08\x64rafting\x18\t \x01(\x08\x12\x14\n\x0c\x63\x61\x63he_tokens\x18\n \x01(\x04\x12-\n\x06hidden\x18\x0b \x01(\x0b\x32\x1d.countersign.v1.HiddenMarkers*c\n\x0cOnDisconnect\x12\x1d\n\x19ON_DISCONNECT_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_DISCONNECT_CANCEL\x10\x01\x12\x1a\n\x16ON_DISCONNECT_CONTINUE\x10\x02*\\\n\x0bTokenSource\x12\x1c\n\x18TOKEN_SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13TOKEN_SOURCE_TARGET\x10\x01\x12\x16\n\x12TOKEN_SOURCE_DRAFT\x10\x02\x32\xe4\x03\n\rRouterService\x12O\n\x08Generate\x12\x1f.countersign.v1.GenerateRequest\x1a .countersign.v1.GenerateResponse0\x01\x12I\n\x06Resume\x12\x1d.countersign.v1.ResumeRequest\x1a\x1e.countersign.v1.ResumeResponse0\x01\x12G\n\x06\x43\x61ncel\x12\x1d.countersign.v1.CancelRequest\x1a\x1e.countersign.v1.CancelResponse\x12S\n\nGetReceipt\x12!.countersign.v1.GetReceiptRequest\x1a\".countersign.v1.GetReceiptResponse\x12M\n\x08Tokenize\x12\x1f.countersign.v1.TokenizeRequest\x1a .countersign.v1.TokenizeResponse\x12J\n\x07GetInfo\x12\x1e.countersign.v1.GetInfoRequest\x1a\x1f.countersign.v1.GetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'countersign.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ONDISCONNECT']._serialized_start=1678
-  _globals['_ONDISCONNECT']._serialized_end=1777
-  _globals['_TOKENSOURCE']._serialized_start=1779
-  _globals['_TOKENSOURCE']._serialized_end=1871
+  _globals['_ONDISCONNECT']._serialized_start=1811
+  _globals['_ONDISCONNECT']._serialized_end=1910
+  _globals['_TOKENSOURCE']._serialized_start=1912
+  _globals['_TOKENSOURCE']._serialized_end=2004
   _globals['_GENERATEREQUEST']._serialized_start=79
   _globals['_GENERATEREQUEST']._serialized_end=387
   _globals['_TOKENIDS']._serialized_start=389
@@ -43,37 +43,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATERESPONSE']._serialized_start=414
   _globals['_GENERATERESPONSE']._serialized_end=476
   _globals['_STREAMEVENT']._serialized_start=479
-  _globals['_STREAMEVENT']._serialized_end=635
-  _globals['_ACCEPTED']._serialized_start=637
-  _globals['_ACCEPTED']._serialized_end=705
-  _globals['_TOKEN']._serialized_start=707
-  _globals['_TOKEN']._serialized_end=785
-  _globals['_TOKENS']._serialized_start=787
-  _globals['_TOKENS']._serialized_end=852
-  _globals['_FINISHED']._serialized_start=855
-  _globals['_FINISHED']._serialized_end=983
-  _globals['_RESUMEREQUEST']._serialized_start=985
-  _globals['_RESUMEREQUEST']._serialized_end=1038
-  _globals['_RESUMERESPONSE']._serialized_start=1040
-  _globals['_RESUMERESPONSE']._serialized_end=1100
-  _globals['_CANCELREQUEST']._serialized_start=1102
-  _globals['_CANCELREQUEST']._serialized_end=1137
-  _globals['_CANCELRESPONSE']._serialized_start=1139
-  _globals['_CANCELRESPONSE']._serialized_end=1201
-  _globals['_GETRECEIPTREQUEST']._serialized_start=1203
-  _globals['_GETRECEIPTREQUEST']._serialized_end=1242
-  _globals['_GETRECEIPTRESPONSE']._serialized_start=1244
-  _globals['_GETRECEIPTRESPONSE']._serialized_end=1281
-  _globals['_TOKENIZEREQUEST']._serialized_start=1283
-  _globals['_TOKENIZEREQUEST']._serialized_end=1314
-  _globals['_TOKENIZERESPONSE']._serialized_start=1316
-  _globals['_TOKENIZERESPONSE']._serialized_end=1353
-  _globals['_GETINFOREQUEST']._serialized_start=1355
-  _globals['_GETINFOREQUEST']._serialized_end=1371
-  _globals['_GETINFORESPONSE']._serialized_start=1373
-  _globals['_GETINFORESPONSE']._serialized_end=1450
-  _globals['_MODELINFO']._serialized_start=1453
-  _globals['_MODELINFO']._serialized_end=1676
-  _globals['_ROUTERSERVICE']._serialized_start=1874
-  _globals['_ROUTERSERVICE']._serialized_end=2358
+  _globals['_STREAMEVENT']._serialized_end=677
+  _globals['_ACCEPTED']._serialized_start=679
+  _globals['_ACCEPTED']._serialized_end=747
+  _globals['_TOKEN']._serialized_start=749
+  _globals['_TOKEN']._serialized_end=827
+  _globals['_TOKENS']._serialized_start=829
+  _globals['_TOKENS']._serialized_end=894
+  _globals['_HIDDEN']._serialized_start=896
+  _globals['_HIDDEN']._serialized_end=938
+  _globals['_FINISHED']._serialized_start=941
+  _globals['_FINISHED']._serialized_end=1069
+  _globals['_RESUMEREQUEST']._serialized_start=1071
+  _globals['_RESUMEREQUEST']._serialized_end=1124
+  _globals['_RESUMERESPONSE']._serialized_start=1126
+  _globals['_RESUMERESPONSE']._serialized_end=1186
+  _globals['_CANCELREQUEST']._serialized_start=1188
+  _globals['_CANCELREQUEST']._serialized_end=1223
+  _globals['_CANCELRESPONSE']._serialized_start=1225
+  _globals['_CANCELRESPONSE']._serialized_end=1287
+  _globals['_GETRECEIPTREQUEST']._serialized_start=1289
+  _globals['_GETRECEIPTREQUEST']._serialized_end=1328
+  _globals['_GETRECEIPTRESPONSE']._serialized_start=1330
+  _globals['_GETRECEIPTRESPONSE']._serialized_end=1367
+  _globals['_TOKENIZEREQUEST']._serialized_start=1369
+  _globals['_TOKENIZEREQUEST']._serialized_end=1400
+  _globals['_TOKENIZERESPONSE']._serialized_start=1402
+  _globals['_TOKENIZERESPONSE']._serialized_end=1439
+  _globals['_GETINFOREQUEST']._serialized_start=1441
+  _globals['_GETINFOREQUEST']._serialized_end=1457
+  _globals['_GETINFORESPONSE']._serialized_start=1459
+  _globals['_GETINFORESPONSE']._serialized_end=1536
+  _globals['_MODELINFO']._serialized_start=1539
+  _globals['_MODELINFO']._serialized_end=1809
+  _globals['_ROUTERSERVICE']._serialized_start=2007
+  _globals['_ROUTERSERVICE']._serialized_end=2491
 # @@protoc_insertion_point(module_scope)

@@ -185,6 +185,7 @@ class StreamEvent(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted:
         """The request is in the log. Always the first event."""
@@ -197,18 +198,23 @@ class StreamEvent(_message.Message):
     def finished(self) -> Global___Finished:
         """The answer is final. Always the last event."""
 
+    @_builtins.property
+    def hidden(self) -> Global___Hidden:
+        """Committed tokens that the client does not see."""
+
     def __init__(
         self,
         *,
         accepted: Global___Accepted | None = ...,
         tokens: Global___Tokens | None = ...,
         finished: Global___Finished | None = ...,
+        hidden: Global___Hidden | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "event", b"event", "finished", b"finished", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "event", b"event", "finished", b"finished", "hidden", b"hidden", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "event", b"event", "finished", b"finished", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "event", b"event", "finished", b"finished", "hidden", b"hidden", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "tokens", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "tokens", "finished", "hidden"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -303,6 +309,32 @@ class Tokens(_message.Message):
 Global___Tokens: _TypeAlias = Tokens  # noqa: Y015
 
 @_typing.final
+class Hidden(_message.Message):
+    """Committed tokens that the client does not see: the model's reasoning. They are billed, and the receipt signs for them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """Number of output tokens before these."""
+    tokens: _builtins.int
+    """How many; at least one."""
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hidden: _TypeAlias = Hidden  # noqa: Y015
+
+@_typing.final
 class Finished(_message.Message):
     """The answer is final."""
 
@@ -315,7 +347,9 @@ class Finished(_message.Message):
     reason: _sampling_pb2.FinishReason.ValueType
     """Why it ended."""
     receipt: _builtins.bytes
-    """The signed receipt with its openings, as `countersign audit` reads it; empty when none could be made."""
+    """The signed receipt with its openings, as `countersign audit` reads it; empty when none could be made. Hidden tokens
+    are not opened.
+    """
     message: _builtins.str
     """For people; set when reason is ERROR."""
     @_builtins.property
@@ -583,6 +617,7 @@ class ModelInfo(_message.Message):
     RECEIPT_KEY_FIELD_NUMBER: _builtins.int
     DRAFTING_FIELD_NUMBER: _builtins.int
     CACHE_TOKENS_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     weights_sha256: _builtins.bytes
@@ -603,6 +638,10 @@ class ModelInfo(_message.Message):
     """Whether a draft proposes for it."""
     cache_tokens: _builtins.int
     """Tokens whose KV one target keeps."""
+    @_builtins.property
+    def hidden(self) -> _sampling_pb2.HiddenMarkers:
+        """What of its output clients do not see; unset: they see all."""
+
     def __init__(
         self,
         *,
@@ -616,10 +655,11 @@ class ModelInfo(_message.Message):
         receipt_key: _builtins.bytes = ...,
         drafting: _builtins.bool = ...,
         cache_tokens: _builtins.int = ...,
+        hidden: _sampling_pb2.HiddenMarkers | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tokens", b"cache_tokens", "config_sha256", b"config_sha256", "context_length", b"context_length", "drafting", b"drafting", "dtype", b"dtype", "name", b"name", "receipt_key", b"receipt_key", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size", "weights_sha256", b"weights_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tokens", b"cache_tokens", "config_sha256", b"config_sha256", "context_length", b"context_length", "drafting", b"drafting", "dtype", b"dtype", "hidden", b"hidden", "name", b"name", "receipt_key", b"receipt_key", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size", "weights_sha256", b"weights_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

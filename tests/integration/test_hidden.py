@@ -1,0 +1,119 @@
+"""A deployment that keeps its model's reasoning to itself: what the client gets, and what an auditor finds."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from stacks import Running, start_stack, stop_stack
+
+from countersign.client import Client, Event, Finished, Hidden, Tokens
+from countersign.services.engine.text import Tokenizer
+from countersign.services.protocol.commit import LogState, replay
+from countersign.services.protocol.subjects import commit_subject
+from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.journal import Journal
+from countersign.verify.audit import audit
+from countersign.verify.coin import challenge
+from countersign.verify.coin.challenge import Demand
+from countersign.verify.difr import load_reference
+from countersign.verify.keys import load_public
+from countersign.verify.logged import openings_of
+from countersign.verify.receipt import PartialOpenings, attach, parse
+from countersign.verify.segments import hidden_runs
+
+# Docstrings stand in for thoughts: they are hidden from their quotes to the first full stop.
+BEGIN, END = '"""', "."
+PROMPT = 'class Queue:\n    """A queue."""\n\n    def push(self, item):\n        """'
+
+
+@pytest.fixture(scope="module")
+def hiding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = start_stack(tmp_path_factory.mktemp("hiding") / "data", f"target.hidden_markers={BEGIN} {END}")
+    yield running
+    assert stop_stack(running) == 0
+
+
+async def log_of(running: Running, request_id: str) -> LogState:
+    bus = await Bus.connect(running.nats, "test-hidden")
+    try:
+        return replay(request_id, await Journal(bus).read(commit_subject(request_id)))
+    finally:
+        await bus.close()
+
+
+async def test_reasoning_is_billed_signed_and_counted_but_not_shown(
+    hiding: Running, demo_models: dict[str, Path]
+) -> None:
+    async with Client(hiding.router) as client:
+        events = [event async for event in client.generate(PROMPT, max_tokens=120, temperature=0.7, seed=5)]
+        request_id = events[0].request_id  # type: ignore[union-attr]  # always Accepted
+        again = [event async for event in client.resume(request_id, 3)]
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    log = await log_of(hiding, request_id)
+    seen, hidden = told(events, 0)
+    assert len(log.token_ids) == finished.usage.output_tokens == len(seen) + hidden
+    assert hidden > 3, "the model must have reasoned for this test to mean anything"
+    assert len(seen) > 3, "and must have said something"
+    assert seen == {position: log.token_ids[position] for position in seen}
+    assert told(again, 3) == ({p: t for p, t in seen.items() if p >= 3}, hidden - sum(p not in seen for p in range(3)))
+
+    # The client's copy opens what it saw; the auditor's, with the log, opens everything.
+    keys = [load_public(hiding.data_dir / "keys" / "receipts.pub")]
+    mine = parse(finished.receipt)
+    assert isinstance(mine.openings, PartialOpenings)
+    assert mine.openings.leaves.token_ids == tuple(seen.values())
+    assert [level.outcome for level in audit(finished.receipt, trusted_keys=keys, reference=None).levels][:2] == [
+        "pass",
+        "inconclusive",
+    ]
+    reference = partial(load_reference, demo_models["target"])
+    opened = audit(
+        attach(finished.receipt, openings_of(log)), trusted_keys=keys, reference=reference, levels=["tokens"]
+    )
+    assert opened.verdict == "pass", opened
+
+    # And whoever has the receipt can draw leaves, which the provider can open without the rest.
+    asked = challenge.draw(mine, secrets.token_bytes(32), Demand(leaves=3))
+    found = challenge.check(mine, asked, challenge.respond(request_id, openings_of(log), asked))
+    assert {log.token_ids[position] == token for position, token in found.items()} == {True}
+    runs = hidden_runs(mine.receipt.output.segments)
+    assert all(any(start <= leaf < stop for start, stop in runs) for leaf in asked.leaves)
+
+
+async def test_a_prompt_that_ends_inside_a_thought_hides_the_answer_from_its_first_token(hiding: Running) -> None:
+    async with Client(hiding.router) as client:
+        events = [event async for event in client.generate(PROMPT, max_tokens=4, temperature=0.0)]
+    assert isinstance(events[1], Hidden)
+    assert events[1].position == 0
+
+
+async def test_what_is_hidden_never_reaches_the_client(hiding: Running, demo_models: dict[str, Path]) -> None:
+    async with Client(hiding.router) as client:
+        answer = await client.complete(PROMPT, max_tokens=60, temperature=0.7, seed=6)
+    log = await log_of(hiding, answer.request_id)
+    secret = Tokenizer(demo_models["target"]).decode(log.token_ids)[:12]
+    assert secret.strip()
+    assert not answer.text.startswith(secret)
+    assert log.opened is not None
+    assert log.opened.salt_key not in answer.receipt
+
+
+def told(events: list[Event], position: int) -> tuple[dict[int, int], int]:
+    """The visible tokens by position, and how many were hidden; nothing is missing between them."""
+    seen: dict[int, int] = {}
+    hidden = 0
+    for event in events:
+        if isinstance(event, Tokens):
+            assert event.position == position
+            seen |= {position + i: token.id for i, token in enumerate(event.tokens)}
+            position += len(event.tokens)
+        elif isinstance(event, Hidden):
+            assert event.position == position
+            hidden += event.count
+            position += event.count
+    return seen, hidden

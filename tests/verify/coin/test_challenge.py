@@ -1,0 +1,311 @@
+"""Count attacks: whatever a provider bills beyond the tokens it can open is found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from countersign.verify import envelope, merkle, multiproof, payload
+from countersign.verify.coin import bill, challenge
+from countersign.verify.coin.challenge import Challenge, Demand
+from countersign.verify.errors import Inconsistent, Malformed, OpeningMismatch, VerificationError
+from countersign.verify.openings import token_leaf, token_leaves, token_salt
+from countersign.verify.partial import LeafOpenings
+from countersign.verify.payload import Receipt, Segment
+from countersign.verify.receipt import HiddenMarkers, Openings, ReceiptVerifier, SignedReceipt, parse
+from countersign.verify.testing import SALT_KEY, example_receipt, signing_key
+
+KEY = signing_key(1)
+MARKERS = HiddenMarkers(1, 2)
+ALL = Demand(leaves=10_000)
+
+
+def example(hidden: int = 30, request_id: str = "example-1") -> tuple[Receipt, Openings]:
+    thought = tuple(1000 + i % 7 for i in range(hidden - 2))
+    output = (5, 6, 1, *thought, 2, 7, 8)
+    return example_receipt(output=output, hidden=MARKERS, request_id=request_id)
+
+
+def signed_as_is(receipt: Receipt) -> SignedReceipt:
+    """Signed without asking whether a verifier would take it."""
+    return parse(envelope.seal(payload.encode(receipt), None, KEY).encode())
+
+
+def beacon(number: int = 0) -> bytes:
+    return hashlib.sha256(b"beacon %d" % number).digest()
+
+
+DEMANDS = st.builds(
+    Demand,
+    leaves=st.integers(0, 40),
+    blocks=st.integers(0, 6),
+    block_tokens=st.integers(1, 12),
+    context=st.booleans(),
+)
+
+
+@given(DEMANDS, st.integers(0, 100), st.integers(2, 60))
+def test_an_honest_provider_can_open_whatever_is_drawn(demand: Demand, number: int, hidden: int) -> None:
+    receipt, opened = example(hidden)
+    signed = signed_as_is(receipt)
+    asked = challenge.draw(signed, beacon(number), demand)
+    response = challenge.decode(challenge.encode(challenge.respond("example-1", opened, asked)))
+    found = challenge.check(signed, asked, response)
+    assert all(opened.output_token_ids[position] == token for position, token in found.items())
+    assert set(asked.leaves) <= set(found)
+    assert len(asked.leaves) == min(demand.leaves, hidden)
+    assert all(
+        stop - start <= demand.block_tokens and set(range(start, stop)) <= set(found) for start, stop in asked.blocks
+    )
+    assert set(found) <= set(range(2, 2 + hidden)), "only hidden tokens are drawn: the client has the others"
+    if demand.context and asked.blocks:
+        assert set(range(2, asked.blocks[-1][1])) <= set(found)
+
+
+def test_blocks_lie_within_one_hidden_segment_each() -> None:
+    output = (1, 10, 11, 12, 2, 7, 7, 1, 20, 21, 2, 8)
+    receipt, _ = example_receipt(output=output, hidden=MARKERS)
+    asked = challenge.draw(signed_as_is(receipt), beacon(), Demand(leaves=0, blocks=99, block_tokens=4))
+    assert asked.blocks == ((0, 4), (4, 5), (7, 11))
+
+
+def test_another_beacon_draws_other_leaves_and_the_same_beacon_the_same() -> None:
+    signed = signed_as_is(example(60)[0])
+    draws = {challenge.draw(signed, beacon(i), Demand(leaves=8)).leaves for i in range(20)}
+    assert len(draws) == 20
+    assert challenge.draw(signed, beacon(3), Demand(leaves=8)).leaves in draws
+
+
+@pytest.mark.parametrize("more", [1, 2, 30, 94, 222])
+def test_an_answer_cut_off_while_hidden_always_opens_its_last_leaf(more: int) -> None:
+    """Else the path of an early leaf would fit the true tree at several larger sizes too."""
+    output = (1, *(1000 + i % 7 for i in range(33)))
+    receipt, opened = example_receipt(output=output, hidden=MARKERS)
+    honest = signed_as_is(receipt)
+    asked = challenge.draw(honest, beacon(), Demand(leaves=1))
+    assert len(output) - 1 in challenge.check(honest, asked, challenge.respond("example-1", opened, asked))
+    claimed = replace(receipt.output, tokens=34 + more, hidden=34 + more, segments=(Segment("hidden", 34 + more),))
+    inflated = signed_as_is(replace(receipt, output=claimed))
+    salts = [token_salt(SALT_KEY, p) for p in range(34 + more)]
+    for number in range(20):
+        asked = challenge.draw(inflated, beacon(number), Demand(leaves=1))
+        leaves = token_leaves("example-1", [*output, *([1000] * more)], SALT_KEY)
+        with pytest.raises(VerificationError):
+            challenge.check(inflated, asked, _answer(leaves, [*output, *([1000] * more)], salts, asked))
+
+
+def test_every_hidden_leaf_is_drawn_equally_often() -> None:
+    signed = signed_as_is(example(20)[0])
+    counts = [0] * 24
+    for number in range(2000):
+        for leaf in challenge.draw(signed, beacon(number), Demand(leaves=2)).leaves:
+            counts[leaf] += 1
+    assert counts[:2] == counts[22:] == [0, 0]
+    assert all(140 < count < 260 for count in counts[2:22]), "200 each, 4.4 standard deviations either way"
+
+
+# Each attack signs more hidden tokens than there are, answers as well as it can, and gives back what it answered.
+Attack = Callable[[Receipt, Openings, int, Demand], tuple[SignedReceipt, Challenge, LeafOpenings]]
+
+
+def inflate(receipt: Receipt, more: int, root: bytes | None = None) -> Receipt:
+    first, hidden, last = receipt.output.segments
+    output = replace(
+        receipt.output,
+        root=root or receipt.output.root,
+        tokens=receipt.output.tokens + more,
+        hidden=receipt.output.hidden + more,
+        segments=(first, Segment("hidden", hidden.tokens + more), last),
+    )
+    return replace(receipt, output=output)
+
+
+def _claimed(receipt: Receipt, leaves: list[bytes], more: int, demand: Demand) -> tuple[SignedReceipt, Challenge]:
+    signed = signed_as_is(inflate(receipt, more, merkle.root(leaves)))
+    return signed, challenge.draw(signed, beacon(), demand)
+
+
+def _answer(leaves: list[bytes], tokens: list[int], salts: list[bytes], asked: Challenge) -> LeafOpenings:
+    """Openings for a tree of any leaves, with the ids and salts that its maker has for them."""
+    positions = [position for start, stop in asked.runs for position in range(start, stop)]
+    return LeafOpenings(
+        tuple(tokens[p] for p in positions),
+        tuple(salts[p] for p in positions),
+        tuple(multiproof.hashes(leaves, asked.runs)),
+    )
+
+
+def more_leaves_than_the_tree(
+    receipt: Receipt, opened: Openings, more: int, demand: Demand
+) -> tuple[SignedReceipt, Challenge, LeafOpenings]:
+    """The true tree, a larger count; positions beyond the tree are answered with its last hidden token."""
+    signed = signed_as_is(inflate(receipt, more))
+    asked = challenge.draw(signed, beacon(), demand)
+    size = receipt.output.tokens
+    tokens = [opened.output_token_ids[min(p, size - 1)] for p in range(size + more)]
+    salts = [token_salt(SALT_KEY, min(p, size - 1)) for p in range(size + more)]
+    leaves = [token_leaf("example-1", p, t, s) for p, (t, s) in enumerate(zip(tokens, salts, strict=True))]
+    return signed, asked, _answer(leaves, tokens, salts, asked)
+
+
+def duplicated_leaves(
+    receipt: Receipt, opened: Openings, more: int, demand: Demand
+) -> tuple[SignedReceipt, Challenge, LeafOpenings]:
+    """Some leaves stand in the tree twice; the copies are opened as what they are copies of."""
+    true, start = token_leaves("example-1", opened.output_token_ids, SALT_KEY), 3
+    order = [*range(start), *(start + i % 5 for i in range(more)), *range(start, len(true))]
+    leaves = [true[p] for p in order]
+    signed, asked = _claimed(receipt, leaves, more, demand)
+    tokens, salts = [opened.output_token_ids[p] for p in order], [token_salt(SALT_KEY, p) for p in order]
+    return signed, asked, _answer(leaves, tokens, salts, asked)
+
+
+def reordered_leaves(
+    receipt: Receipt, opened: Openings, more: int, demand: Demand
+) -> tuple[SignedReceipt, Challenge, LeafOpenings]:
+    """The hidden leaves backwards, one half of them twice."""
+    size = receipt.output.tokens
+    order = [0, 1, *(range(size - 3, 1, -1)), *(2 + i % (size - 4) for i in range(more)), size - 2, size - 1]
+    true = token_leaves("example-1", opened.output_token_ids, SALT_KEY)
+    leaves = [true[p] for p in order]
+    signed, asked = _claimed(receipt, leaves, more, demand)
+    tokens, salts = [opened.output_token_ids[p] for p in order], [token_salt(SALT_KEY, p) for p in order]
+    return signed, asked, _answer(leaves, tokens, salts, asked)
+
+
+def leaves_of_another_request(
+    receipt: Receipt, opened: Openings, more: int, demand: Demand
+) -> tuple[SignedReceipt, Challenge, LeafOpenings]:
+    """The longer answer of somebody else."""
+    other, others = example(receipt.output.hidden + more, "example-2")
+    leaves = token_leaves("example-2", others.output_token_ids, SALT_KEY)
+    signed, asked = _claimed(receipt, leaves, more, demand)
+    salts = [token_salt(SALT_KEY, p) for p in range(other.output.tokens)]
+    return signed, asked, _answer(leaves, list(others.output_token_ids), salts, asked)
+
+
+def empty_leaves(
+    receipt: Receipt, opened: Openings, more: int, demand: Demand
+) -> tuple[SignedReceipt, Challenge, LeafOpenings]:
+    """Hashes of nothing among the hidden leaves, which leave every true one in its place."""
+    size, tail = receipt.output.tokens, 2
+    tokens = [*opened.output_token_ids[:-tail], *([1000] * more), *opened.output_token_ids[-tail:]]
+    salts = [token_salt(SALT_KEY, p) for p in range(size + more)]
+    leaves = token_leaves("example-1", tokens, SALT_KEY)
+    for p in range(size - tail, size - tail + more):
+        leaves[p] = hashlib.sha256(b"nothing %d" % p).digest()
+    signed, asked = _claimed(receipt, leaves, more, demand)
+    return signed, asked, _answer(leaves, tokens, salts, asked)
+
+
+ATTACKS = [
+    more_leaves_than_the_tree,
+    duplicated_leaves,
+    reordered_leaves,
+    leaves_of_another_request,
+    empty_leaves,
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(5, 80), st.integers(1, 200))
+def test_who_bills_tokens_without_leaves_cannot_open_the_whole(attack: Attack, hidden: int, more: int) -> None:
+    """Every attack, every time: with all leaves opened there is nowhere to hide."""
+    signed, asked, response = attack(*example(hidden), more, ALL)
+    with pytest.raises(VerificationError):
+        challenge.check(signed, asked, response)
+
+
+@pytest.mark.parametrize("attack", ATTACKS[:4])
+@settings(max_examples=60, deadline=None)
+@given(st.integers(5, 80), st.integers(1, 200))
+def test_where_the_true_leaves_had_to_move_one_drawn_leaf_is_enough(attack: Attack, hidden: int, more: int) -> None:
+    """A leaf knows its place and its request: only leaves before the first change still open."""
+    signed, asked, response = attack(*example(hidden), more, Demand(leaves=1))
+    if attack is duplicated_leaves and asked.leaves[0] in {2, *range(3, 8)}:
+        return  # these are where they were
+    with pytest.raises(VerificationError):
+        challenge.check(signed, asked, response)
+
+
+def test_empty_leaves_are_missed_as_often_as_they_are_not_drawn() -> None:
+    """30 true and 10 empty hidden leaves, 4 drawn: all four true with chance (30 29 28 27) / (40 39 38 37)."""
+    receipt, opened = example(30)
+    signed, _, _ = empty_leaves(receipt, opened, 10, ALL)
+    found = 0
+    for number in range(400):
+        asked = challenge.draw(signed, beacon(number), Demand(leaves=4))
+        found += any(leaf >= receipt.output.tokens - 2 for leaf in asked.leaves)
+    assert abs(found / 400 - (1 - 30 * 29 * 28 * 27 / (40 * 39 * 38 * 37))) < 0.1
+
+
+def test_segments_that_do_not_add_up_are_no_receipt() -> None:
+    receipt, _ = example()
+    first, hidden, last = receipt.output.segments
+    output = replace(receipt.output, segments=(first, replace(hidden, tokens=hidden.tokens + 1), last))
+    data = envelope.seal(payload.encode(replace(receipt, output=output)), None, KEY).encode()
+    with pytest.raises(Inconsistent, match="segments"):
+        ReceiptVerifier([KEY.public_key()]).form(data)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_mutated_response_is_refused_with_a_verification_error(data: st.DataObject) -> None:
+    receipt, opened = example()
+    signed = signed_as_is(receipt)
+    asked = challenge.draw(signed, beacon(), Demand(leaves=3, blocks=1, block_tokens=4))
+    good = challenge.encode(challenge.respond("example-1", opened, asked))
+    start = data.draw(st.integers(0, len(good)))
+    end = data.draw(st.integers(start, min(len(good), start + 8)))
+    bad = good[:start] + data.draw(st.binary(max_size=8)) + good[end:]
+    if bad == good:
+        return
+    with pytest.raises(VerificationError):
+        challenge.check(signed, asked, challenge.decode(bad))
+
+
+def test_a_claim_of_billions_of_hidden_tokens_costs_nothing_to_refuse() -> None:
+    receipt, opened = example()
+    signed = signed_as_is(inflate(receipt, 2**32 - 100))
+    asked = challenge.draw(signed, beacon(), Demand(leaves=8, blocks=2, context=True))
+    with pytest.raises(Malformed):
+        challenge.check(signed, asked, challenge.respond("example-1", opened, replace(asked, runs=((2, 5),))))
+
+
+def test_a_response_of_another_size_is_refused() -> None:
+    receipt, opened = example()
+    signed = signed_as_is(receipt)
+    asked = challenge.draw(signed, beacon(), Demand(leaves=3))
+    response = challenge.respond("example-1", opened, asked)
+    with pytest.raises(OpeningMismatch):
+        challenge.check(signed, asked, replace(response, hashes=response.hashes[:-1]))
+
+
+@pytest.mark.parametrize("numbers", [(-1, 0, 1), (0, -1, 1), (0, 0, 0)])
+def test_a_demand_for_less_than_nothing_is_an_error(numbers: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="leaves"):
+        Demand(*numbers)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("request", {"request_id": "example-2"}),
+        ("prompt tokens", {"prompt_tokens": 4}),
+        ("output tokens", {"output_tokens": 35}),
+        ("hidden tokens", {"hidden_tokens": 31}),
+    ],
+)
+def test_a_bill_for_anything_else_than_the_receipt_s_tokens_is_refused(name: str, changed: dict[str, object]) -> None:
+    receipt, _ = example()
+    honest = bill.Bill("example-1", 3, 34, 30)
+    bill.check(receipt, honest)
+    bill.check(receipt, replace(honest, hidden_tokens=None))
+    with pytest.raises(Inconsistent, match=name):
+        bill.check(receipt, replace(honest, **changed))  # type: ignore[arg-type]

@@ -1,0 +1,154 @@
+"""Receipts of answers with hidden tokens: what a client can check, and what it must not learn."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from countersign.verify import envelope, partial, payload
+from countersign.verify.audit import audit
+from countersign.verify.errors import Inconsistent, OpeningMismatch, VerificationError
+from countersign.verify.receipt import (
+    HiddenMarkers,
+    Openings,
+    PartialOpenings,
+    Receipt,
+    ReceiptVerifier,
+    attach,
+    build_output,
+    parse,
+    sign,
+    strip,
+    withheld,
+)
+from countersign.verify.testing import SALT_KEY, example_receipt, signing_key
+
+KEY = signing_key(1)
+VERIFIER = ReceiptVerifier([KEY.public_key()])
+MARKERS = HiddenMarkers(1, 2)
+OUTPUT = (9, 1, 70_001, 70_002, 70_003, 2, 8, 7, 6)
+
+
+def example(output: tuple[int, ...] = OUTPUT) -> tuple[Receipt, Openings]:
+    return example_receipt(output=output, hidden=MARKERS, stop=["\n\n"])
+
+
+def client_copy(output: tuple[int, ...] = OUTPUT) -> bytes:
+    receipt, opened = example(output)
+    return attach(strip(sign(receipt, opened, KEY)), withheld(receipt, opened))
+
+
+def forge(receipt: Receipt, opened: partial.Disclosure) -> bytes:
+    """Signs without asking whether a verifier would take it."""
+    return envelope.seal(payload.encode(receipt), opened, KEY).encode()
+
+
+def opened_partially(data: bytes) -> PartialOpenings:
+    disclosed = parse(data).openings
+    assert isinstance(disclosed, PartialOpenings)
+    return disclosed
+
+
+def test_a_client_sees_the_visible_tokens_and_checks_them_against_the_signed_root() -> None:
+    signed = VERIFIER.form(client_copy())
+    disclosed = VERIFIER.count(signed)
+    assert isinstance(disclosed, PartialOpenings)
+    assert disclosed.leaves.token_ids == (9, 8, 7, 6)
+    assert signed.receipt.output.hidden == 5
+
+
+def test_a_client_s_receipt_holds_neither_the_salt_key_nor_a_hidden_token() -> None:
+    data = client_copy()
+    assert SALT_KEY not in data
+    for hidden in (70_001, 70_002, 70_003):
+        assert hidden.to_bytes(4, "big") not in data
+
+
+def test_answers_without_hidden_tokens_are_opened_whole() -> None:
+    receipt, opened = example((9, 8, 7))
+    assert withheld(receipt, opened) is opened
+
+
+@given(st.lists(st.sampled_from([1, 2, 5, 6]), min_size=1, max_size=40).map(tuple))
+def test_partial_openings_fit_whatever_a_model_says(output: tuple[int, ...]) -> None:
+    receipt, opened = example(output)
+    VERIFIER.count(VERIFIER.form(attach(strip(sign(receipt, opened, KEY)), withheld(receipt, opened))))
+
+
+def test_a_changed_byte_anywhere_is_refused() -> None:
+    data = client_copy()
+    for position in range(len(data)):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << (position % 8)
+        with pytest.raises(VerificationError):
+            VERIFIER.count(VERIFIER.form(bytes(flipped)))
+
+
+@pytest.mark.parametrize("more", [1, 5, 100, 2**20])
+def test_hidden_tokens_that_are_claimed_on_top_do_not_fit_the_client_s_openings(more: int) -> None:
+    """The tree is that of the true answer; the counts are not."""
+    receipt, opened = example()
+    first, hidden, last = receipt.output.segments
+    output = replace(
+        receipt.output,
+        tokens=receipt.output.tokens + more,
+        hidden=receipt.output.hidden + more,
+        segments=(first, replace(hidden, tokens=hidden.tokens + more), last),
+    )
+    request = replace(receipt.request, max_tokens=output.tokens)
+    evidence = replace(receipt.evidence, passes=output.tokens)
+    inflated = replace(receipt, output=output, request=request, evidence=evidence)
+    with pytest.raises(OpeningMismatch):
+        VERIFIER.count(VERIFIER.form(forge(inflated, withheld(receipt, opened))))
+
+
+def test_a_segment_that_begins_with_a_marker_cannot_be_sold_as_visible() -> None:
+    receipt, opened = example()
+    output = build_output("example-1", OUTPUT, SALT_KEY, finish_reason="length")
+    claimed = replace(receipt, output=output)
+    with pytest.raises(OpeningMismatch, match="segments"):
+        VERIFIER.count(VERIFIER.form(forge(claimed, opened)))
+    everything = partial.withhold(opened, "example-1", [(0, len(OUTPUT))])
+    with pytest.raises(OpeningMismatch, match="begins a hidden segment"):
+        VERIFIER.count(VERIFIER.form(forge(claimed, everything)))
+
+
+def test_hidden_tokens_without_markers_contradict_the_receipt() -> None:
+    receipt, opened = example()
+    plain = replace(receipt, request=dataclasses.replace(receipt.request, hidden=None))
+    with pytest.raises(Inconsistent, match="without markers"):
+        sign(plain, opened, KEY)
+
+
+def test_one_token_cannot_be_both_markers() -> None:
+    with pytest.raises(Inconsistent, match="marker"):
+        sign(*example_receipt(hidden=HiddenMarkers(1, 1)), KEY)
+
+
+def test_the_audit_of_a_client_s_receipt_says_what_nobody_has_counted() -> None:
+    report = audit(client_copy(), trusted_keys=[KEY.public_key()], reference=None)
+    assert [(level.level, level.outcome) for level in report.levels][:3] == [
+        ("form", "pass"),
+        ("count", "inconclusive"),
+        ("tokens", "inconclusive"),
+    ]
+    assert report.verdict == "inconclusive"
+    assert report.levels[1].figures["hidden_tokens"] == 5
+    assert "hidden tokens are not disclosed" in report.levels[2].summary
+
+
+def test_an_auditor_with_full_openings_counts_the_hidden_tokens() -> None:
+    report = audit(sign(*example(), KEY), trusted_keys=[KEY.public_key()], reference=None, levels=["count"])
+    assert report.verdict == "pass"
+    assert report.levels[1].figures["hidden_tokens"] == 5
+
+
+def test_a_forged_visible_token_fails_the_audit() -> None:
+    disclosed = opened_partially(client_copy())
+    forged = replace(disclosed, leaves=replace(disclosed.leaves, token_ids=(9, 8, 7, 5)))
+    report = audit(forge(example()[0], forged), trusted_keys=[KEY.public_key()], reference=None)
+    assert report.verdict == "fail"
