@@ -9,7 +9,7 @@ that belong to it, and removes the request.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -85,17 +85,23 @@ class Engine:
         chunk: int = 256,
         most: int = 1024,
         fingerprints: Fingerprints | None = None,
+        runner: Runner | None = None,
     ) -> Engine:
         """An engine whose scheduler knows the cache; see :class:`Scheduler` for the numbers."""
         scheduler = Scheduler(cache.free_tokens // PAGE_TOKENS, budget=budget, chunk=chunk, most=most)
-        return Engine(model, cache, scheduler, fingerprints)
+        return Engine(model, cache, scheduler, fingerprints, runner)
 
     def __init__(
-        self, model: Model, cache: PagedCache, scheduler: Scheduler, fingerprints: Fingerprints | None = None
+        self,
+        model: Model,
+        cache: PagedCache,
+        scheduler: Scheduler,
+        fingerprints: Fingerprints | None = None,
+        runner: Runner | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.cache = cache
-        self._runner = Runner(model, cache, fingerprints)
+        self._runner = runner or Runner(model, cache, fingerprints)
         self._generations: dict[str, Generation] = {}
         self._over: deque[Generation] = deque()
         self.sharing = Sharing()
@@ -344,8 +350,11 @@ class Engine:
         return min(min(length, len(generation.tokens)) // PAGE_TOKENS, len(generation.keys))
 
 
-def complete(engine: Engine, generations: Iterable[Generation]) -> None:
-    """Runs requests to their last token: for programs that want answers and nothing else.
+Propose = Callable[[Sequence[Generation]], Mapping[str, Draft]]
+
+
+def complete(engine: Engine, generations: Iterable[Generation], propose: Propose | None = None) -> None:
+    """Runs requests to their last token, with proposals or without: for programs that want answers and nothing else.
 
     Raises:
         EngineError: a request cannot be computed, and is removed; the others are as they are.
@@ -353,7 +362,8 @@ def complete(engine: Engine, generations: Iterable[Generation]) -> None:
     for generation in generations:
         engine.submit(generation)
     while len(engine):
-        ran = engine.run(engine.plan())
+        drafts = _NO_DRAFTS if propose is None else propose(engine.decodes())
+        ran = engine.run(engine.plan(drafts=drafts))
         engine.settle(ran, {result.generation.id: kept_of(result) for result in ran.results})
         for result in ran.results:
             if result.outcome.error or not result.generation.left:

@@ -17,9 +17,9 @@ from countersign.services.engine.graphs import GraphedExecutor
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.native import NativeExecutor, refusal_of
 from countersign.services.engine.step import AfterLayer, Computed, Span, check_spans
-from countersign.services.engine.weights import decoder_weights
+from countersign.services.engine.weights import DecoderWeights, decoder_weights
 
-__all__ = ["Backend", "Computed", "Digests", "Executor", "Model", "Span", "load_model"]
+__all__ = ["Backend", "Computed", "Digests", "Executor", "Model", "Span", "executor_of", "load_model"]
 
 Backend = Literal["auto", "native", "eager"]
 
@@ -114,15 +114,31 @@ def load_model(
     tensors = read_tensors(folder)
     check_tensors(config, tensors, folder)
     weights = decoder_weights(config, tensors)
-    refusal = "it runs on the CPU only" if device != "cpu" else refusal_of(config)
-    executor: Executor
-    if backend != "eager" and not refusal:
-        executor = NativeExecutor(config, weights, dtype, threads)
-    elif backend == "native" or dtype == "int8":
-        raise EngineError(
-            f"{folder} needs native code, which cannot compute it here: {refusal or 'torch was asked for'}"
-        )
-    else:
-        made = GraphedExecutor if device.startswith("cuda") else EagerExecutor
-        executor = made(config, weights, dtype, numerics, device)
+    try:
+        executor = executor_of(config, weights, dtype, numerics, device, backend, threads)
+    except EngineError as error:
+        raise EngineError(f"{folder} {error}") from None
     return Model(config, digests(folder, config, tensors), dtype, executor)
+
+
+def executor_of(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    dtype: Dtype,
+    numerics: Numerics,
+    device: str,
+    backend: Backend,
+    threads: int,
+) -> Executor:
+    """What computes these weights; see :func:`load_model`.
+
+    Raises:
+        EngineError: as there.
+    """
+    refusal = "it runs on the CPU only" if device != "cpu" else refusal_of(config)
+    if backend != "eager" and not refusal:
+        return NativeExecutor(config, weights, dtype, threads)
+    if backend == "native" or dtype == "int8":
+        raise EngineError(f"needs native code, which cannot compute it here: {refusal or 'torch was asked for'}")
+    made = GraphedExecutor if device.startswith("cuda") else EagerExecutor
+    return made(config, weights, dtype, numerics, device)

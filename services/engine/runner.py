@@ -82,7 +82,7 @@ class Runner:
         asks = [_draws(work, base) for work, base in zip(works, bases, strict=True) if work.samples]
         wanted, proofs = _parted(works, spans, computed.logits.cpu())
         prints = self._fingerprints_of(works, spans, computed.states)
-        sampled, row, outcomes = draw(wanted, asks, self.model.team), 0, []
+        sampled, row, outcomes = self.sampled([work for work in works if work.samples], asks, wanted), 0, []
         for work, span, base in zip(works, spans, bases, strict=True):
             if not work.samples:
                 outcomes.append(Outcome(sound=work.proves and bool(torch.isfinite(next(proofs)).all())))
@@ -91,6 +91,10 @@ class Runner:
             outcomes.append(self._settle(work, span, base, sampled[row : row + rows], prints[row : row + rows]))
             row += rows
         return outcomes
+
+    def sampled(self, works: Sequence[Work], asks: Sequence[Draws], logits: Tensor) -> list[int]:  # noqa: ARG002  for subclasses
+        """The token of each row of the logits (R, vocabulary), or NOT_FINITE: a row a work, and one a proposal."""
+        return draw(logits, asks, self.model.team)
 
     def _fingerprints_of(self, works: Sequence[Work], spans: Sequence[Span], states: Tensor) -> Sequence[bytes]:
         """Of each row that is sampled from; none where none are made."""

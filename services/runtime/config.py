@@ -56,6 +56,28 @@ Reuse = Annotated[Literal["off", "pie", "blend"], msgspec.Meta(description="off,
 Share = Annotated[float, msgspec.Meta(gt=0, le=1, description="a number above 0, at most 1")]
 Number = Annotated[float, msgspec.Meta(ge=0, le=1e9, description="a number, 0 or more")]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**48, description="a number of bytes, 0 or more")]
+Fault = Annotated[
+    Literal[
+        "none",
+        "int4",
+        "int8",
+        "fp8-kv",
+        "temperature-1.1",
+        "temperature-1.05",
+        "top-p-0.9",
+        "seed",
+        "bug-1",
+        "draft-all",
+        "draft-10",
+        "draft-1",
+        "skip-layer",
+        "truncated",
+        "evicted",
+        "checkpoint",
+        "repair",
+    ],
+    msgspec.Meta(description="none, or a way to cheat of services/target/faults.py"),
+]
 KvWire = Annotated[Literal["exact", "fp8", "int8"], msgspec.Meta(description="exact, fp8 or int8")]
 Eviction = Annotated[Literal["cost", "lru"], msgspec.Meta(description="cost or lru")]
 Listen = Annotated[
@@ -153,6 +175,7 @@ class TargetConfig:
     token_budget: Count = 512  # tokens a forward pass
     prefill_chunk: Count = 256  # prompt tokens of one request a forward pass
     kv_store: Switch = True
+    fault: Fault = "none"  # for tests of audits: answers otherwise than its receipts say
     kv_wire: KvWire = "exact"  # fp8 or int8: blocks are stored in a quarter of the room, and receipts say so
     hidden_markers: Markers = ""  # "<think> </think>": output between them is billed and signed, not shown
 

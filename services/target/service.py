@@ -42,6 +42,7 @@ from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.service import Call, Context
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
+from countersign.services.target.faults import FAULTS, DishonestRunner, Dishonesty, load_dishonest
 from countersign.services.target.hiding import markers
 from countersign.services.target.loop import TargetLoop
 from countersign.services.target.prefilling import PrefillJob, prefill_id
@@ -98,6 +99,7 @@ class TargetService:
         *,
         most: int,
         role: Role = "mixed",
+        dishonesty: Dishonesty | None = None,
     ) -> None:
         self._instance = instance
         self._info = info
@@ -110,6 +112,7 @@ class TargetService:
         self._announcer = announcer
         self._most = most
         self._role = ROLES[role]
+        self._dishonesty = dishonesty
         self._prefilled = 0
 
     async def run(self) -> None:
@@ -268,6 +271,9 @@ class TargetService:
         end = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._config.end_token_ids)
         stopper = Stopper(end, params.max_tokens, tuple(params.stop), self._tokenizer)
         stopper.prompt(prompt)
+        unseen, sampling = 0, Sampling(params.temperature, params.top_k, params.top_p, params.seed)
+        if self._dishonesty is not None:
+            unseen, sampling = self._dishonesty.session(writer.log.request_id, len(prompt), sampling)
         session = Session(
             request_id=writer.log.request_id,
             opened=opened,
@@ -275,15 +281,16 @@ class TargetService:
             stopper=stopper,
             generation=Generation(
                 writer.log.request_id,
-                prompt + committed,
+                prompt[unseen:] + committed,
                 max(params.max_tokens - len(committed), 1),
-                Sampling(params.temperature, params.top_k, params.top_p, params.seed),
+                sampling,
                 tenant=opened.tenant,
                 deadline=opened.deadline_unix_ms or None,
-                keys=self._keys(opened.tenant, prompt),
+                keys=self._keys(opened.tenant, prompt[unseen:]),
             ),
             started_unix_ms=wall_ms(),
             party=self._announcer.party(writer.log.request_id),
+            unseen=unseen,
         )
         # An earlier epoch may have committed the last token and died before it closed the log.
         _, reason = stopper.take(committed)
@@ -300,8 +307,10 @@ async def create(context: Context) -> TargetService:
     (BAD_KEY_FILE).
     """
     config = context.config.target
-    model, cache, tokenizer = _load(config)
-    engine = Engine.of(model, cache, config.token_budget, config.prefill_chunk, config.max_running)
+    dishonesty = None if config.fault == "none" else Dishonesty(config.fault, FAULTS[config.fault], context.log)
+    model, cache, tokenizer = _load(config, context.config.draft.model)
+    runner = None if dishonesty is None else DishonestRunner(model, cache, dishonesty.fault)
+    engine = Engine.of(model, cache, config.token_budget, config.prefill_chunk, config.max_running, runner=runner)
     with translated(
         KeyFileError, FailedPrecondition, reason="BAD_KEY_FILE", help="mend the file, or remove it for a new key"
     ):
@@ -333,7 +342,7 @@ async def create(context: Context) -> TargetService:
         cache_format += wire.suffix
     keys = PrefixKeys(info.weights_sha256, cache_format)
     prefixes = None
-    if config.kv_store:
+    if config.kv_store and dishonesty is None:
         prefixes = Prefixes(
             context.bus,
             context.instance,
@@ -360,10 +369,11 @@ async def create(context: Context) -> TargetService:
         announcer,
         most=config.max_requests,
         role=config.role,
+        dishonesty=dishonesty,
     )
 
 
-def _load(config: TargetConfig) -> tuple[Model, PagedCache, Tokenizer]:
+def _load(config: TargetConfig, draft: Path) -> tuple[Model, PagedCache, Tokenizer]:
     torch.set_num_threads(config.threads)
     unfit, bad = "change target.dtype, target.ranks or target.model", "set target.model to a Hugging Face folder"
     with (
@@ -371,11 +381,23 @@ def _load(config: TargetConfig) -> tuple[Model, PagedCache, Tokenizer]:
         translated(CheckpointError, FailedPrecondition, reason="BAD_CHECKPOINT", help=bad),
         translated(RankLost, Unavailable, reason="RANK_LOST", help="see the log of the target"),
     ):
-        model, cache = _computed(config)
+        model, cache = _computed(config, draft)
         return model, cache, Tokenizer(config.model)
 
 
-def _computed(config: TargetConfig) -> tuple[Model, PagedCache]:
+def _computed(config: TargetConfig, draft: Path) -> tuple[Model, PagedCache]:
+    if config.fault != "none":
+        if config.ranks > 1:
+            raise EngineError("a target that cheats on purpose (target.fault) has one rank")
+        model = load_dishonest(
+            FAULTS[config.fault],
+            config.model,
+            draft,
+            dtype=config.dtype,
+            numerics=config.numerics,
+            threads=config.threads,
+        )
+        return model, PagedCache(model.config, config.dtype, tokens=config.cache_tokens)
     if config.ranks > 1:
         return load_ranked_model(
             config.model,

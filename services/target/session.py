@@ -36,7 +36,7 @@ class Session:
 
     ``finish`` is set once the answer's last token is sampled, or when it ends otherwise; the committer then closes the
     log. ``loading`` while its prefix comes from the store; ``done`` once the log is closed or another's. ``changed``
-    wakes the committer.
+    wakes the committer. ``unseen``: first tokens of the prompt that the engine was not given, which only a fault does.
     """
 
     request_id: str
@@ -53,6 +53,7 @@ class Session:
     stored_blocks: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     party: Party = field(default_factory=Party)
+    unseen: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -60,7 +61,7 @@ class Session:
 
     @property
     def output_tokens(self) -> int:
-        return len(self.generation.tokens) - self.prompt_tokens
+        return self.unseen + len(self.generation.tokens) - self.prompt_tokens
 
     @property
     def waits(self) -> bool:

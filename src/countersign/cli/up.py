@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,7 +43,10 @@ async def _run(file: Path | None, overrides: list[str]) -> None:
     from countersign.services.runtime.config import load
     from countersign.services.runtime.supervisor import Supervisor
 
-    await Supervisor(load(file, os.environ, overrides), on_event=printer(_print, HINT)).run()
+    settings = load(file, os.environ, overrides)
+    if settings.target.fault != "none":
+        print(f"countersign: the target will CHEAT on purpose: target.fault={settings.target.fault}", file=sys.stderr)
+    await Supervisor(settings, on_event=printer(_print, HINT)).run()
 
 
 def printer(write: Callable[[str], None], hint: str = "") -> Callable[[Event], None]:
