@@ -87,6 +87,11 @@ def _outcome_of(level: Level, auditor: _Audit) -> LevelReport:
         return run()
     except NotCheckable as error:
         return LevelReport(level, "inconclusive", str(error), help=error.help)
+    except ModuleNotFoundError as error:
+        missing = f"this level needs {error.name}, which is not installed here"
+        return LevelReport(
+            level, "inconclusive", missing, help="install the rest with: pip install 'countersign[stack]'"
+        )
     except Untrusted as error:
         advice = (
             "if it comes from another deployment, name its public key (--key FILE) or data folder (--data-dir FOLDER)"

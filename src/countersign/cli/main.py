@@ -118,5 +118,11 @@ def main() -> None:
     except CountersignError as error:
         print(f"countersign: {explain(error)}", file=sys.stderr)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("countersign"):
+            raise  # a bug, not an installation of the verifier alone
+        advice = "install it with: pip install 'countersign[stack]'"
+        print(f"countersign: this command needs {error.name}, which is not installed; {advice}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
