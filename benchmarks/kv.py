@@ -77,12 +77,13 @@ async def run(quick: bool) -> list[Row]:
             rows += await _prefixes(bus, "demo target", load_model(demo), 5.0, 2 if quick else 8)
             if not quick:
                 rows += await _prefixes(bus, "0.3 B shape", await _large(), 8.0, 3)
-        small = {"kv.ram_bytes": USED, "kv.disk_bytes": USED}
-        async with _kv_service(Path(folder) / "used", small) as bus:
-            await _use(bus, USED)
-            rows += await _misses(bus, "demo target", load_model(demo), 2 if quick else 12)
-            if not quick:
-                rows += await _misses(bus, "0.3 B shape", await _large(), 3, requests=2)
+        for tiers, disk in (("RAM", 0), ("RAM and disk", USED)):
+            room = {"kv.ram_bytes": USED, "kv.disk_bytes": disk}
+            async with _kv_service(Path(folder) / tiers, room) as bus:
+                await _use(bus, USED)
+                rows += await _misses(bus, f"demo target, {tiers}", load_model(demo), 2 if quick else 12)
+                if not quick:
+                    rows += await _misses(bus, f"0.3 B shape, {tiers}", await _large(), 3, requests=2)
     return rows
 
 
