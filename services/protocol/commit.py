@@ -52,6 +52,9 @@ from countersign.v1.sampling_pb2 import (
     Usage,
 )
 
+MAX_FINGERPRINT_BYTES = 256
+"""Of one token: 128 numbers in fp16."""
+
 Payload = Opened | Assigned | Extended | Cancelled | Closed
 
 
@@ -144,6 +147,11 @@ class LogState:
     def proposed(self) -> tuple[bool, ...]:
         """For each committed token whether the draft had proposed it."""
         return self.tokens.proposed()
+
+    @property
+    def fingerprints(self) -> tuple[bytes, ...]:
+        """Of each committed token that of the state it was sampled from; none where not all have one of one size."""
+        return self.tokens.fingerprints()
 
     @property
     def ended(self) -> bool:
@@ -251,7 +259,7 @@ class LogState:
         # A take-over prefills the prompt once more; what the first prefill found is what the client is told.
         cached = extended.cached_prompt_tokens if self.passes == 0 else self.cached_prompt_tokens
         return {
-            "tokens": self.tokens.extended(extended.token_ids, extended.accepted),
+            "tokens": self.tokens.extended(extended.token_ids, extended.accepted, extended.fingerprints),
             "drafted": self.drafted + extended.drafted,
             "accepted": self.accepted + extended.accepted,
             "passes": self.passes + 1,
@@ -281,6 +289,13 @@ def check_pass(opened: Opened, extended: Extended, *, first: bool) -> None:
             "cached prompt tokens belong to the first pass of an epoch, and are at most the prompt",
             cached=extended.cached_prompt_tokens,
             prompt=len(opened.prompt_token_ids),
+        )
+    if len(extended.fingerprints) % count or len(extended.fingerprints) > MAX_FINGERPRINT_BYTES * count:
+        raise WrongCounts(
+            "fingerprints have the same size for each token, and a bounded one",
+            size=len(extended.fingerprints),
+            tokens=count,
+            most=MAX_FINGERPRINT_BYTES,
         )
     if end > opened.sampling.max_tokens:
         raise TooManyTokens("more tokens than were asked for", end=end, max_tokens=opened.sampling.max_tokens)

@@ -75,13 +75,19 @@ class Writer(Appender):
         return tuple(token_id for extended in self._passes for token_id in extended.token_ids)
 
     def extend(
-        self, token_ids: Sequence[int], *, drafted: int = 0, accepted: int = 0, cached_prompt_tokens: int = 0
+        self,
+        token_ids: Sequence[int],
+        *,
+        drafted: int = 0,
+        accepted: int = 0,
+        cached_prompt_tokens: int = 0,
+        fingerprints: bytes = b"",
     ) -> Append | None:
         """The target sampled ``token_ids`` after ``log.token_ids + pending``, all in one pass.
 
         ``drafted`` tokens had been proposed for this pass and the first ``accepted`` of ``token_ids`` are among them.
-        ``cached_prompt_tokens`` came from the KV store; in the epoch's first pass only. None: an append is in flight
-        and this pass follows it.
+        ``cached_prompt_tokens`` came from the KV store; in the epoch's first pass only. ``fingerprints``: of all these
+        tokens, or none. None: an append is in flight and this pass follows it.
 
         Raises:
             AppenderStopped: no more tokens are wanted, or the log is being closed.
@@ -96,6 +102,7 @@ class Writer(Appender):
             drafted=drafted,
             accepted=accepted,
             cached_prompt_tokens=cached_prompt_tokens,
+            fingerprints=fingerprints,
         )
         check_pass(self._opened, extended, first=self._log.epoch_passes == 0 and not self._passes)
         self._passes.append(extended)

@@ -86,6 +86,7 @@ class Committer:
                 drafted=sampled.drafted,
                 accepted=sampled.accepted,
                 cached_prompt_tokens=session.generation.cached if writer.log.epoch_passes == 0 else 0,
+                fingerprints=b"".join(sampled.fingerprints),
             )
             final = await self._settle(session, effect)
             if isinstance(final, CancelledByClient):

@@ -240,7 +240,7 @@ class TargetLoop:
         # A fenced request's last pass may end after it is known.
         if session.finish is None and session.writer.wants_tokens and outcome.token_ids:
             kept, reason = session.stopper.take(outcome.token_ids)
-            sampled = Pass(outcome.token_ids, result.drafted, outcome.accepted)
+            sampled = Pass(outcome.token_ids, result.drafted, outcome.accepted, outcome.fingerprints)
             session.uncommitted.append(sampled.cut(len(kept)))
             self._sampled.append(_said(session, kept))
             if reason is not None:

@@ -19,15 +19,16 @@ MAX_UNCOMMITTED = 2
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one forward pass of the target gave a request."""
+    """What one forward pass of the target gave a request. ``fingerprints``: one a token, or none."""
 
     token_ids: tuple[int, ...]
     drafted: int
     accepted: int
+    fingerprints: tuple[bytes, ...] = ()
 
     def cut(self, count: int) -> Pass:
         """Its first ``count`` tokens: the answer ended inside it."""
-        return Pass(self.token_ids[:count], self.drafted, min(self.accepted, count))
+        return Pass(self.token_ids[:count], self.drafted, min(self.accepted, count), self.fingerprints[:count])
 
 
 @dataclass(slots=True)

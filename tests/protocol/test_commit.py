@@ -26,10 +26,22 @@ CANCELLED = Cancelled(cause="bored")
 
 
 def extended(
-    base: int, *token_ids: int, epoch: int = 1, drafted: int = 0, accepted: int = 0, cached: int = 0
+    base: int,
+    *token_ids: int,
+    epoch: int = 1,
+    drafted: int = 0,
+    accepted: int = 0,
+    cached: int = 0,
+    prints: bytes = b"",
 ) -> Extended:
     return Extended(
-        epoch=epoch, base=base, token_ids=token_ids, drafted=drafted, accepted=accepted, cached_prompt_tokens=cached
+        epoch=epoch,
+        base=base,
+        token_ids=token_ids,
+        drafted=drafted,
+        accepted=accepted,
+        cached_prompt_tokens=cached,
+        fingerprints=prints,
     )
 
 
@@ -92,6 +104,8 @@ REFUSED = [
     ("more accepted than committed", RUNNING, extended(1, 1, drafted=3, accepted=2), errors.WrongCounts),
     ("cached tokens after an epoch's first pass", RUNNING, extended(1, 1, cached=1), errors.WrongCounts),
     ("more cached tokens than the prompt has", (OPENED, ASSIGNED), extended(0, 1, cached=4), errors.WrongCounts),
+    ("fingerprints of different sizes", RUNNING, extended(1, 1, 2, prints=b"123"), errors.WrongCounts),
+    ("a fingerprint too large", RUNNING, extended(1, 1, prints=bytes(257)), errors.WrongCounts),
     ("more tokens than asked for", RUNNING, extended(1, 1, 2, 3, 4, 5, 6), errors.TooManyTokens),
     ("tokens after Cancelled", STOPPED, extended(1, 1), errors.AfterCancelled),
     ("another target after Cancelled", STOPPED, Assigned(epoch=2), errors.AfterCancelled),
@@ -171,6 +185,22 @@ def test_the_bytes_of_a_record_never_change() -> None:
     assert data.hex() == "0a0272311202010" + "22a0d080110031a0307ac0220022801"
 
 
+def test_each_token_has_the_fingerprint_that_was_committed_with_it() -> None:
+    log = log_of(OPENED, ASSIGNED, extended(0, 10, 11, prints=b"aabb"), Assigned(epoch=2, instance="t2"))
+    log = follow(log, extended(2, 12, epoch=2, prints=b"cc"))
+    assert log.fingerprints == (b"aa", b"bb", b"cc")
+
+
+@pytest.mark.parametrize("other", [b"", b"c", b"cccc"], ids=["none", "smaller", "larger"])
+@pytest.mark.parametrize("late", [False, True], ids=["first", "then"])
+def test_a_log_whose_targets_made_different_fingerprints_has_none(other: bytes, late: bool) -> None:
+    prints = (b"aabb", other) if late else (other * 2, b"cc")
+    log = log_of(OPENED, ASSIGNED, extended(0, 10, 11, prints=prints[0]), extended(2, 12, prints=prints[1]))
+    assert log.fingerprints == ()
+    assert follow(log, extended(3, 13, prints=prints[1])).fingerprints == ()
+    assert log.token_ids == (10, 11, 12)
+
+
 def test_older_states_stay_as_they_were_while_newer_ones_share_their_tokens() -> None:
     one = Tokens().extended([1, 2], 1)
     two = one.extended([3], 0)
@@ -181,3 +211,11 @@ def test_older_states_stay_as_they_were_while_newer_ones_share_their_tokens() ->
     assert other._ids is not one._ids
     assert one == Tokens().extended([1], 1).extended([2], 0)
     assert len({one, two, other, Tokens().extended([1, 2], 1)}) == 3
+
+
+def test_older_states_keep_their_fingerprints() -> None:
+    one = Tokens().extended([1, 2], 0, b"aabb")
+    two, other = one.extended([3], 0, b"cc"), one.extended([3], 0, b"dd")
+    assert (one.fingerprints(), two.fingerprints()) == ((b"aa", b"bb"), (b"aa", b"bb", b"cc"))
+    assert other.fingerprints() == (b"aa", b"bb", b"dd")
+    assert len({two, other, one.extended([3], 0)}) == 3

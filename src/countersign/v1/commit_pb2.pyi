@@ -181,6 +181,7 @@ class Extended(_message.Message):
     DRAFTED_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    FINGERPRINTS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The epoch of the writer."""
     base: _builtins.int
@@ -191,6 +192,10 @@ class Extended(_message.Message):
     """The first so many of token_ids had been proposed by the draft."""
     cached_prompt_tokens: _builtins.int
     """Prompt tokens whose KV came from the store; in the first Extended of an epoch only."""
+    fingerprints: _builtins.bytes
+    """Of each token in turn the fingerprint of the state that it was sampled from (Activation-DiFR): little-endian fp16,
+    as many bytes for each. Empty where the target makes none.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The target's own samples; at least one."""
@@ -204,10 +209,11 @@ class Extended(_message.Message):
         drafted: _builtins.int = ...,
         accepted: _builtins.int = ...,
         cached_prompt_tokens: _builtins.int = ...,
+        fingerprints: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "base", b"base", "cached_prompt_tokens", b"cached_prompt_tokens", "drafted", b"drafted", "epoch", b"epoch", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "base", b"base", "cached_prompt_tokens", b"cached_prompt_tokens", "drafted", b"drafted", "epoch", b"epoch", "fingerprints", b"fingerprints", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
