@@ -3,9 +3,11 @@
     form     signed by a trusted key, logged, and not nonsense        TrustRules.form
     count    the disclosed answer is the one signed and billed        ReceiptVerifier.count
     tokens   each token is what the reference weights sample          difr
+    activations  what it was sampled from is what they give           activations
 
-A level stands on those before it, so asking for one runs these too. A level that fails ends the audit. One that cannot
-be checked does not: what comes after it is still worth knowing, but the verdict is then inconclusive at best.
+A level stands on others, so asking for one runs these too. A level that fails ends the audit. One that cannot be
+checked does not: what comes after it is still worth knowing, but the verdict is then inconclusive at best. The
+activations need an answer of the provider's to a challenge, and are checked where there is one.
 """
 
 from __future__ import annotations
@@ -21,12 +23,19 @@ from countersign.verify.receipt import Openings, PartialOpenings, Receipt, Recei
 from countersign.verify.trust import Trusted, TrustPolicy, TrustRules
 
 if TYPE_CHECKING:
+    from countersign.verify.activations import Challenge
     from countersign.verify.difr import Reference
 
-Level = Literal["form", "count", "tokens"]
+Level = Literal["form", "count", "tokens", "activations"]
 Outcome = Literal["pass", "fail", "inconclusive"]
 Dtype = Literal["fp32", "bf16"]
 LEVELS: tuple[Level, ...] = get_args(Level)
+_STANDS_ON: Mapping[Level, tuple[Level, ...]] = {
+    "form": (),
+    "count": ("form",),
+    "tokens": ("form", "count"),
+    "activations": ("form", "count"),
+}
 
 _OPEN_HIDDEN = "only an auditor to whom the provider opens the hidden tokens can count and check them"
 _SEVERITY: tuple[Outcome, ...] = ("pass", "inconclusive", "fail")
@@ -58,7 +67,8 @@ def audit(
     trusted_keys: Iterable[Ed25519PublicKey] = (),
     policy: TrustPolicy | None = None,
     reference: Callable[[Dtype], Reference] | None,
-    levels: Collection[Level] = LEVELS,
+    levels: Collection[Level] = (),
+    challenge: Challenge | None = None,
 ) -> AuditReport:
     """Audits a receipt; never raises for what the bytes hold.
 
@@ -66,14 +76,15 @@ def audit(
         data: The receipt with or without openings.
         trusted_keys: Keys whose signature counts. Without any, the form level is inconclusive.
         policy: In place of ``trusted_keys`` where logs, witnesses or clocks count too.
-        reference: Gives the reference model in the dtype that the receipt declares; called only for the tokens
-            level. May raise NotCheckable.
-        levels: The levels asked for; those before the last of them run too.
+        reference: Gives the reference model in the dtype that the receipt declares; called only for tokens and
+            activations. May raise NotCheckable.
+        levels: The levels asked for; those that they stand on run too. None: all for which everything is given.
+        challenge: The positions that were drawn once the receipt was there, and the provider's fingerprints of them.
     """
-    auditor = _Audit(data, policy or TrustPolicy(tuple(trusted_keys)), reference)
-    wanted = LEVELS[: max((LEVELS.index(level) for level in levels), default=len(LEVELS) - 1) + 1]
+    levels = levels or [level for level in LEVELS if challenge is not None or level != "activations"]
+    auditor = _Audit(data, policy or TrustPolicy(tuple(trusted_keys)), reference, challenge)
     reports: list[LevelReport] = []
-    for level in wanted:
+    for level in (one for one in LEVELS if any(one in (asked, *_STANDS_ON[asked]) for asked in levels)):
         reports.append(_outcome_of(level, auditor))
         if reports[-1].outcome == "fail":
             break
@@ -82,9 +93,14 @@ def audit(
 
 
 def _outcome_of(level: Level, auditor: _Audit) -> LevelReport:
-    run = {"form": auditor.form, "count": auditor.count, "tokens": auditor.tokens}[level]
+    run = {
+        "form": auditor.form,
+        "count": auditor.count,
+        "tokens": auditor.tokens,
+        "activations": auditor.activations,
+    }
     try:
-        return run()
+        return run[level]()
     except NotCheckable as error:
         return LevelReport(level, "inconclusive", str(error), help=error.help)
     except ModuleNotFoundError as error:
@@ -104,10 +120,17 @@ def _outcome_of(level: Level, auditor: _Audit) -> LevelReport:
 class _Audit:
     """What the levels hand on to each other."""
 
-    def __init__(self, data: bytes, policy: TrustPolicy, reference: Callable[[Dtype], Reference] | None) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        policy: TrustPolicy,
+        reference: Callable[[Dtype], Reference] | None,
+        challenge: Challenge | None,
+    ) -> None:
         self._data = data
         self._policy = policy
         self._reference = reference
+        self._challenge = challenge
         self._openings: Openings | None = None
         self.signed: SignedReceipt | None = None
 
@@ -134,7 +157,8 @@ class _Audit:
             "count", "pass", f"the {output} tokens disclosed for a prompt of {prompt} are those signed for", figures
         )
 
-    def tokens(self) -> LevelReport:
+    def _material(self) -> tuple[Receipt, Openings, Reference]:
+        """What a comparison with the reference model takes. Raises NotCheckable when something is missing."""
         if self.signed is None or self._openings is None:
             hidden = self.signed is not None and self.signed.openings is not None
             raise NotCheckable(
@@ -153,10 +177,13 @@ class _Audit:
                 f"the receipt says that KV may have been stored as {policy}, so the reference may choose other tokens",
                 help="ask for answers of a target with target.kv_wire=exact where tokens are to be audited",
             )
-        from countersign.verify.difr import audit_tokens  # torch takes seconds to import; only this level needs it
+        return self.signed.receipt, self._openings, self._reference(self.signed.receipt.model.dtype)
 
-        receipt = self.signed.receipt
-        report = audit_tokens(self._reference(receipt.model.dtype), receipt, self._openings)
+    def tokens(self) -> LevelReport:
+        receipt, openings, reference = self._material()
+        from countersign.verify.difr import audit_tokens  # torch takes seconds to import; only here it is needed
+
+        report = audit_tokens(reference, receipt, openings)
         if report.failures:
             return LevelReport("tokens", "fail", "; ".join(report.failures), report.figures)
         notes = "".join(f"; not checked: {note}" for note in report.unchecked)
@@ -167,6 +194,29 @@ class _Audit:
                 "tokens", "inconclusive", why + notes, report.figures, "audit longer answers, or several"
             )
         return LevelReport("tokens", "pass", f"{_praise(report.figures)} ({report.source}){notes}", report.figures)
+
+    def activations(self) -> LevelReport:
+        if self._challenge is None:
+            raise NotCheckable(
+                "the provider was not asked for its fingerprints",
+                help="draw positions, ask the provider to open them, and audit with its answer",
+            )
+        receipt, openings, reference = self._material()
+        from countersign.verify.activations import audit_activations
+
+        report = audit_activations(reference, receipt, openings, self._challenge)
+        figures = report.figures
+        if report.failures:
+            return LevelReport("activations", "fail", "; ".join(report.failures), figures)
+        size, needed = figures["sample_size"], figures["positions_needed"]
+        if report.outcome == "inconclusive":
+            why = f"nothing is wrong with the {size:.0f} fingerprints, but it takes {needed:.0f} to say more"
+            return LevelReport("activations", "inconclusive", why, figures, "ask for more positions")
+        praise = (
+            f"{size:.0f} fingerprints drawn after the signature are the reference's, largest distance "
+            f"{figures['max_distance']:.2g}, limit {figures['tolerance']:.2g} ({report.source})"
+        )
+        return LevelReport("activations", "pass", praise, figures)
 
 
 def _partly_counted(receipt: Receipt) -> LevelReport:

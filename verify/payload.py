@@ -92,10 +92,26 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Activations:
+    """The fingerprints of the states that the output tokens were sampled from, one a token (see ``fingerprints``).
+
+    ``size`` numbers each, of the projection that ``seed`` names; ``root``: of the Merkle tree over their salted leaves.
+    """
+
+    scheme: Literal["difr/v1"]
+    size: Annotated[int, msgspec.Meta(ge=2, le=128)]
+    dtype: Literal["fp16"]
+    seed: Annotated[int, msgspec.Meta(ge=0)]
+    count: Count
+    root: Digest
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """How it came about. ``commit`` is the SHA-256 of the last commit record before Closed, the ``records``-th.
 
-    ``kv_policy``: "exact", or the lossy form in which the KV of a prefix may have been stored.
+    ``kv_policy``: "exact", or the lossy form in which the KV of a prefix may have been stored. ``activations``: None
+    where the provider keeps no fingerprints.
     """
 
     commit: Digest
@@ -106,6 +122,7 @@ class Evidence:
     passes: Count
     cached_prompt_tokens: Count
     kv_policy: KvPolicy
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True, slots=True)

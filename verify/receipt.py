@@ -37,11 +37,22 @@ from countersign.verify.openings import (
     token_leaves,
 )
 from countersign.verify.partial import Disclosure, PartialOpenings, opened_root, withhold
-from countersign.verify.payload import Evidence, HiddenMarkers, Model, Output, Receipt, Request, Segment, Usage
+from countersign.verify.payload import (
+    Activations,
+    Evidence,
+    HiddenMarkers,
+    Model,
+    Output,
+    Receipt,
+    Request,
+    Segment,
+    Usage,
+)
 from countersign.verify.segments import segments_of, visible_runs
 
 __all__ = [
     "MAX_RECEIPT_BYTES",
+    "Activations",
     "Disclosure",
     "Evidence",
     "HiddenMarkers",
@@ -97,7 +108,8 @@ class ReceiptVerifier:
         5. The claims do not contradict each other: hidden and visible add up, segments too, which take turns; nothing
            hidden without two different markers; no more accepted than drafted or answered, no token without a pass,
            nothing drafted with drafting off; not more tokens than max_tokens, "length" means exactly max_tokens,
-           "stop" at least one token; what is drawn has a seed; nothing finishes before it starts.
+           "stop" at least one token; what is drawn has a seed; nothing finishes before it starts; fingerprints are
+           one a token.
         6. The key id is that of a trusted key.
         7. That key's signature over protected header and payload holds.
 
@@ -316,7 +328,9 @@ def _output_claims(receipt: Receipt) -> tuple[tuple[bool, str], ...]:
 
 def _speed_claims(receipt: Receipt) -> tuple[tuple[bool, str], ...]:
     evidence, tokens = receipt.evidence, receipt.output.tokens
+    activations = evidence.activations
     return (
+        (activations is not None and activations.count != tokens, "another number of fingerprints than of tokens"),
         (evidence.accepted > evidence.drafted, "more tokens accepted than drafted"),
         (evidence.accepted > tokens, "more tokens accepted than answered"),
         (tokens > evidence.accepted + evidence.passes, "more tokens than accepted ones and one for each pass"),

@@ -62,7 +62,7 @@ class AuditorService:
 
     async def Audit(self, request: AuditRequest, call: Call) -> AuditResponse:
         """Raises InvalidArgument for an unknown level, FailedPrecondition when the trusted key's file is unusable."""
-        levels = [_level(number) for number in request.levels] or list(LEVELS)
+        levels = [_level(number) for number in request.levels]
         self._active += 1
         try:
             loop = asyncio.get_running_loop()

@@ -19,7 +19,7 @@ from countersign.services.engine.generation import Generation, usable_keys, work
 from countersign.services.engine.kv import CachedSequence, PagedCache
 from countersign.services.engine.model import Model
 from countersign.services.engine.pages import PAGE_TOKENS
-from countersign.services.engine.runner import Fingerprints, Outcome, Runner, Work
+from countersign.services.engine.runner import Outcome, Runner, Work
 from countersign.services.engine.scheduler import Plan, Request, Scheduler
 from countersign.services.engine.speculation import Draft
 
@@ -84,24 +84,16 @@ class Engine:
         budget: int = 512,
         chunk: int = 256,
         most: int = 1024,
-        fingerprints: Fingerprints | None = None,
         runner: Runner | None = None,
     ) -> Engine:
         """An engine whose scheduler knows the cache; see :class:`Scheduler` for the numbers."""
         scheduler = Scheduler(cache.free_tokens // PAGE_TOKENS, budget=budget, chunk=chunk, most=most)
-        return Engine(model, cache, scheduler, fingerprints, runner)
+        return Engine(model, cache, scheduler, runner)
 
-    def __init__(
-        self,
-        model: Model,
-        cache: PagedCache,
-        scheduler: Scheduler,
-        fingerprints: Fingerprints | None = None,
-        runner: Runner | None = None,
-    ) -> None:
+    def __init__(self, model: Model, cache: PagedCache, scheduler: Scheduler, runner: Runner | None = None) -> None:
         self.scheduler = scheduler
         self.cache = cache
-        self._runner = runner or Runner(model, cache, fingerprints)
+        self._runner = runner or Runner(model, cache)
         self._generations: dict[str, Generation] = {}
         self._over: deque[Generation] = deque()
         self.sharing = Sharing()

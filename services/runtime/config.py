@@ -78,6 +78,7 @@ Fault = Annotated[
     ],
     msgspec.Meta(description="none, or a way to cheat of services/target/faults.py"),
 ]
+FingerprintSize = Annotated[int, msgspec.Meta(ge=0, le=128, description="0, or a number from 2 to 128")]
 KvWire = Annotated[Literal["exact", "fp8", "int8"], msgspec.Meta(description="exact, fp8 or int8")]
 Eviction = Annotated[Literal["cost", "lru"], msgspec.Meta(description="cost or lru")]
 Listen = Annotated[
@@ -174,6 +175,7 @@ class TargetConfig:
     max_running: Count = 256  # at once; fewer run when their KV does not fit
     token_budget: Count = 512  # tokens a forward pass
     prefill_chunk: Count = 256  # prompt tokens of one request a forward pass
+    fingerprints: FingerprintSize = 8  # numbers a token of what it was sampled from, for audits; 0: none
     kv_store: Switch = True
     fault: Fault = "none"  # for tests of audits: answers otherwise than its receipts say
     kv_wire: KvWire = "exact"  # fp8 or int8: blocks are stored in a quarter of the room, and receipts say so

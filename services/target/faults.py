@@ -24,7 +24,7 @@ from countersign.services.engine.config import Dtype, ModelConfig, Numerics
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, executor_of, load_model
 from countersign.services.engine.pages import PAGE_TOKENS
-from countersign.services.engine.runner import Outcome, Runner, Work
+from countersign.services.engine.runner import Fingerprints, Outcome, Runner, Work
 from countersign.services.engine.sampling import Draws, Sampling, perturbed
 from countersign.services.engine.step import AfterLayer
 from countersign.services.engine.weights import DecoderWeights, DenseMlp, LayerWeights, RoutedExperts, decoder_weights
@@ -179,8 +179,8 @@ def load_dishonest(
 class DishonestRunner(Runner):
     """Cheats between the logits and the tokens, and with the KV."""
 
-    def __init__(self, model: Model, cache: PagedCache, fault: Fault) -> None:
-        super().__init__(model, cache)
+    def __init__(self, model: Model, cache: PagedCache, fault: Fault, fingerprints: Fingerprints | None = None) -> None:
+        super().__init__(model, cache, fingerprints)
         self._fault = fault
 
     def run(self, works: Sequence[Work], after_layer: AfterLayer | None = None) -> list[Outcome]:

@@ -12,7 +12,7 @@ from countersign.v1.commit_pb2 import Opened
 from countersign.v1.router_pb2 import ModelInfo
 from countersign.v1.sampling_pb2 import Drafting, FinishReason
 from countersign.verify import receipt as receipts
-from countersign.verify.logged import markers_of, openings_of, segments_in
+from countersign.verify.logged import activations_of, markers_of, openings_of, segments_in
 from countersign.verify.payload import FinishReason as SignedReason
 from countersign.verify.payload import KvPolicy
 
@@ -70,6 +70,7 @@ class ReceiptMaker:
                 passes=log.passes,
                 cached_prompt_tokens=log.cached_prompt_tokens,
                 kv_policy=self._kv_policy,
+                activations=activations_of(log),
             ),
             usage=receipts.Usage(started_unix_ms, max(started_unix_ms, finished_unix_ms), joules="unavailable"),
         )

@@ -12,6 +12,7 @@ import torch
 from google.protobuf.descriptor import ServiceDescriptor
 
 from countersign import __version__
+from countersign.kernels.fingerprint import Fingerprinter
 from countersign.services.engine.config import ModelConfig
 from countersign.services.engine.engine import Engine
 from countersign.services.engine.errors import CheckpointError, EngineError, RankLost
@@ -20,6 +21,7 @@ from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, load_model
 from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.ranks.load import load_ranked_model
+from countersign.services.engine.runner import Runner
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import Tokenizer
 from countersign.services.protocol.commit import LogState, replay
@@ -67,6 +69,7 @@ from countersign.v1.target_pb2 import (
     StartResponse,
 )
 from countersign.verify.errors import KeyFileError
+from countersign.verify.fingerprints import SEED
 from countersign.verify.keys import load_or_create_signing_key, write_public
 
 # Layout of an exported block (engine/kv.py); another layout gets another name, and so other keys.
@@ -309,7 +312,10 @@ async def create(context: Context) -> TargetService:
     config = context.config.target
     dishonesty = None if config.fault == "none" else Dishonesty(config.fault, FAULTS[config.fault], context.log)
     model, cache, tokenizer = _load(config, context.config.draft.model)
-    runner = None if dishonesty is None else DishonestRunner(model, cache, dishonesty.fault)
+    prints = _fingerprinter(config, model)
+    runner = Runner(model, cache, prints)
+    if dishonesty is not None:
+        runner = DishonestRunner(model, cache, dishonesty.fault, prints)
     engine = Engine.of(model, cache, config.token_budget, config.prefill_chunk, config.max_running, runner=runner)
     with translated(
         KeyFileError, FailedPrecondition, reason="BAD_KEY_FILE", help="mend the file, or remove it for a new key"
@@ -371,6 +377,14 @@ async def create(context: Context) -> TargetService:
         role=config.role,
         dishonesty=dishonesty,
     )
+
+
+def _fingerprinter(config: TargetConfig, model: Model) -> Fingerprinter | None:
+    if not config.fingerprints:
+        return None
+    unfit = "change target.fingerprints; 0 makes none"
+    with translated(ValueError, FailedPrecondition, reason="BAD_CONFIGURATION", help=unfit):
+        return Fingerprinter(SEED, model.config.hidden_size, config.fingerprints, model.team)
 
 
 def _load(config: TargetConfig, draft: Path) -> tuple[Model, PagedCache, Tokenizer]:

@@ -17,6 +17,7 @@ from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Backend, Model, Span, load_model
 from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.engine.ranks.load import load_ranked_model
+from countersign.services.engine.runner import Runner
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.speculation import Draft
 
@@ -65,7 +66,8 @@ def serve(engine: Engine, requests: list[Generation], drafting: Drafting = no_dr
 
 def engine_of(model: Model, cache: PagedCache | None = None, chunk: int = 256) -> Engine:
     printer = Fingerprinter(SEED, model.config.hidden_size, SIZE, model.team)
-    return Engine.of(model, cache or PagedCache(model.config, model.dtype, 2048), chunk=chunk, fingerprints=printer)
+    cache = cache or PagedCache(model.config, model.dtype, 2048)
+    return Engine.of(model, cache, chunk=chunk, runner=Runner(model, cache, printer))
 
 
 def teacher_forced(model: Model, tokens: list[int]) -> list[bytes]:

@@ -18,8 +18,8 @@ def commits_another_token() -> None:
     """The target appends other tokens than it has sampled (OnlyVerified)."""
     honest = Writer.extend
 
-    def extend(writer: Writer, token_ids: Sequence[int], **counts: int) -> Append | None:
-        return honest(writer, [*token_ids[:-1], token_ids[-1] ^ 1], **counts)
+    def extend(writer: Writer, token_ids: Sequence[int], **more: Any) -> Append | None:
+        return honest(writer, [*token_ids[:-1], token_ids[-1] ^ 1], **more)
 
     setattr(Writer, "extend", extend)  # noqa: B010
 

@@ -76,7 +76,7 @@ def audit_tokens(
     Raises:
         NotCheckable: other weights, another coupling, no output, or a text too long for the reference.
     """
-    _check_comparable(reference, receipt)
+    check_comparable(reference, receipt)
     config, request = reference.model.config, receipt.request
     prompt, output = openings.prompt_token_ids, openings.output_token_ids
     foreign = [token for token in (*prompt, *output) if token >= config.vocabulary_size]
@@ -150,7 +150,8 @@ def finish_failures(reference: Reference, receipt: Receipt, openings: Openings) 
     return tuple(message for wrong, message in found if wrong)
 
 
-def _check_comparable(reference: Reference, receipt: Receipt) -> None:
+def check_comparable(reference: Reference, receipt: Receipt) -> None:
+    """Raises NotCheckable: other weights, another coupling, no output, or a text too long for the reference."""
     if receipt.request.coupling != "gumbel":
         raise NotCheckable("the answer was not coupled to the noise, so its tokens cannot be derived again")
     claimed, digests = receipt.model, reference.model.digests

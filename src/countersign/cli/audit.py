@@ -110,14 +110,14 @@ def show(
 def _report(
     receipt: Path, key: list[Path] | None, model: Path | None, level: Sequence[LevelName] | None, data_dir: Path | None
 ) -> AuditReport:
-    from countersign.verify.audit import LEVELS, audit
+    from countersign.verify.audit import audit
 
     config = _config(data_dir)
     return audit(
         _read(receipt),
         trusted_keys=_trusted_keys(key, config),
         reference=partial(_load_reference, model or config.auditor.model),
-        levels=[name.value for name in level] if level else LEVELS,
+        levels=[name.value for name in level or ()],
     )
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63ountersign/v1/auditor.proto\x12\x0e\x63ountersign.v1\"K\n\x0c\x41uditRequest\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12*\n\x06levels\x18\x02 \x03(\x0e\x32\x1a.countersign.v1.AuditLevel\"k\n\rAuditResponse\x12-\n\x07verdict\x18\x01 \x01(\x0e\x32\x1c.countersign.v1.AuditOutcome\x12+\n\x06levels\x18\x02 \x03(\x0b\x32\x1b.countersign.v1.LevelResult\"\xe3\x01\n\x0bLevelResult\x12)\n\x05level\x18\x01 \x01(\x0e\x32\x1a.countersign.v1.AuditLevel\x12-\n\x07outcome\x18\x02 \x01(\x0e\x32\x1c.countersign.v1.AuditOutcome\x12\x0f\n\x07summary\x18\x03 \x01(\t\x12\x39\n\x07\x66igures\x18\x04 \x03(\x0b\x32(.countersign.v1.LevelResult.FiguresEntry\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*n\n\nAuditLevel\x12\x1b\n\x17\x41UDIT_LEVEL_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41UDIT_LEVEL_FORM\x10\x01\x12\x15\n\x11\x41UDIT_LEVEL_COUNT\x10\x02\x12\x16\n\x12\x41UDIT_LEVEL_TOKENS\x10\x03*}\n\x0c\x41uditOutcome\x12\x1d\n\x19\x41UDIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41UDIT_OUTCOME_PASS\x10\x01\x12\x16\n\x12\x41UDIT_OUTCOME_FAIL\x10\x02\x12\x1e\n\x1a\x41UDIT_OUTCOME_INCONCLUSIVE\x10\x03\x32V\n\x0e\x41uditorService\x12\x44\n\x05\x41udit\x12\x1c.countersign.v1.AuditRequest\x1a\x1d.countersign.v1.AuditResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63ountersign/v1/auditor.proto\x12\x0e\x63ountersign.v1\"K\n\x0c\x41uditRequest\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12*\n\x06levels\x18\x02 \x03(\x0e\x32\x1a.countersign.v1.AuditLevel\"k\n\rAuditResponse\x12-\n\x07verdict\x18\x01 \x01(\x0e\x32\x1c.countersign.v1.AuditOutcome\x12+\n\x06levels\x18\x02 \x03(\x0b\x32\x1b.countersign.v1.LevelResult\"\xe3\x01\n\x0bLevelResult\x12)\n\x05level\x18\x01 \x01(\x0e\x32\x1a.countersign.v1.AuditLevel\x12-\n\x07outcome\x18\x02 \x01(\x0e\x32\x1c.countersign.v1.AuditOutcome\x12\x0f\n\x07summary\x18\x03 \x01(\t\x12\x39\n\x07\x66igures\x18\x04 \x03(\x0b\x32(.countersign.v1.LevelResult.FiguresEntry\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*\x8b\x01\n\nAuditLevel\x12\x1b\n\x17\x41UDIT_LEVEL_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41UDIT_LEVEL_FORM\x10\x01\x12\x15\n\x11\x41UDIT_LEVEL_COUNT\x10\x02\x12\x16\n\x12\x41UDIT_LEVEL_TOKENS\x10\x03\x12\x1b\n\x17\x41UDIT_LEVEL_ACTIVATIONS\x10\x04*}\n\x0c\x41uditOutcome\x12\x1d\n\x19\x41UDIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41UDIT_OUTCOME_PASS\x10\x01\x12\x16\n\x12\x41UDIT_OUTCOME_FAIL\x10\x02\x12\x1e\n\x1a\x41UDIT_OUTCOME_INCONCLUSIVE\x10\x03\x32V\n\x0e\x41uditorService\x12\x44\n\x05\x41udit\x12\x1c.countersign.v1.AuditRequest\x1a\x1d.countersign.v1.AuditResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LEVELRESULT_FIGURESENTRY']._loaded_options = None
   _globals['_LEVELRESULT_FIGURESENTRY']._serialized_options = b'8\001'
-  _globals['_AUDITLEVEL']._serialized_start=464
-  _globals['_AUDITLEVEL']._serialized_end=574
-  _globals['_AUDITOUTCOME']._serialized_start=576
-  _globals['_AUDITOUTCOME']._serialized_end=701
+  _globals['_AUDITLEVEL']._serialized_start=465
+  _globals['_AUDITLEVEL']._serialized_end=604
+  _globals['_AUDITOUTCOME']._serialized_start=606
+  _globals['_AUDITOUTCOME']._serialized_end=731
   _globals['_AUDITREQUEST']._serialized_start=48
   _globals['_AUDITREQUEST']._serialized_end=123
   _globals['_AUDITRESPONSE']._serialized_start=125
@@ -45,6 +45,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEVELRESULT']._serialized_end=462
   _globals['_LEVELRESULT_FIGURESENTRY']._serialized_start=416
   _globals['_LEVELRESULT_FIGURESENTRY']._serialized_end=462
-  _globals['_AUDITORSERVICE']._serialized_start=703
-  _globals['_AUDITORSERVICE']._serialized_end=789
+  _globals['_AUDITORSERVICE']._serialized_start=733
+  _globals['_AUDITORSERVICE']._serialized_end=819
 # @@protoc_insertion_point(module_scope)

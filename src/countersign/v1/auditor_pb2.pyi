@@ -33,6 +33,8 @@ class _AuditLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditLevel
     """The openings match the signed roots and counts."""
     AUDIT_LEVEL_TOKENS: _AuditLevel.ValueType  # 3
     """Every token is what the reference weights sample (Token-DiFR)."""
+    AUDIT_LEVEL_ACTIVATIONS: _AuditLevel.ValueType  # 4
+    """What the tokens were sampled from is what the reference weights give (Activation-DiFR)."""
 
 class AuditLevel(_AuditLevel, metaclass=_AuditLevelEnumTypeWrapper):
     """What to check."""
@@ -45,6 +47,8 @@ AUDIT_LEVEL_COUNT: AuditLevel.ValueType  # 2
 """The openings match the signed roots and counts."""
 AUDIT_LEVEL_TOKENS: AuditLevel.ValueType  # 3
 """Every token is what the reference weights sample (Token-DiFR)."""
+AUDIT_LEVEL_ACTIVATIONS: AuditLevel.ValueType  # 4
+"""What the tokens were sampled from is what the reference weights give (Activation-DiFR)."""
 Global___AuditLevel: _TypeAlias = AuditLevel  # noqa: Y015
 
 class _AuditOutcome:

@@ -1,0 +1,214 @@
+"""Activation-DiFR: were these tokens sampled from states that the reference weights give? (arXiv 2511.20621)
+
+    v = h Q,   d = |v - v'| / (|h'| sqrt(k / H))
+
+h (H) is the state that the head takes, Q (H, k) the orthonormal projection that the receipt names, v the provider's
+fingerprint and v' the reference's, both in fp16, of the same token: one teacher-forced pass over prompt and claimed
+output gives all h'. Q shrinks a distance by sqrt(k / H) on average, so that d, without a unit, is about the relative
+change of the whole state, whatever k and the model.
+
+The states of one position see each token and all weights, and no noise hides them: two fingerprints show what takes the
+tokens themselves hundreds. But they only tell that somebody has computed the declared model over this text. That the
+text was sampled from it is for the token level to say; neither replaces the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from countersign.kernels.fingerprint import Fingerprinter
+from countersign.services.engine.errors import EngineError
+from countersign.services.engine.kv import PagedCache
+from countersign.services.engine.model import Model, Span
+from countersign.verify.difr.level import Reference, arithmetic_of, check_comparable
+from countersign.verify.difr.scores import CHUNK
+from countersign.verify.difr.statistics import binomial_tail, mean_chance, mean_limit, tokens_needed
+from countersign.verify.errors import NotCheckable, OpeningMismatch
+from countersign.verify.fingerprints import Opening, check, decode
+from countersign.verify.payload import Receipt
+from countersign.verify.receipt import Openings
+
+CLIP = 0.5
+"""Distances are clipped here before the mean."""
+
+FALSE_POSITIVES = 1e-3
+"""Chance that an honest answer is refused, both tests together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """The positions that were drawn after the receipt was signed, and the provider's answer (see ``fingerprints``).
+
+    ``answer``: None where none came before the deadline.
+    """
+
+    positions: tuple[int, ...]
+    answer: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What honest fingerprints stay within.
+
+    Attributes:
+        distance: A larger one exceeds what the arithmetic explains.
+        rate: Share of positions that may exceed it. At 0 not one may.
+        mean: Of the clipped distances.
+        source: Where these numbers come from, for people.
+    """
+
+    distance: float
+    rate: float
+    mean: float
+    source: str
+
+
+SAME = Tolerance(1e-4, 0.0, 1e-5, "the same arithmetic gives the same bits")
+"""For native code, whose bits depend neither on the machine nor on the batch."""
+
+OTHER: dict[Literal["fp32", "bf16"], Tolerance] = {
+    # Between executors in fp32 at most 2e-4 was seen, the last bit of fp16; int8 weights begin at 4e-3.
+    "fp32": Tolerance(1e-3, 0.0, 2e-4, "other arithmetic in fp32, on the demo model"),
+    # At most 0.02 was seen at k >= 8; weights of 4 bits begin at 0.1.
+    "bf16": Tolerance(0.05, 0.01, 0.02, "other arithmetic in bf16, on the demo model"),
+}
+"""By the dtype that the receipt declares, where provider and reference compute otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationReport:
+    """How the level ended, why it refuses (nothing if it does not), the figures, and each opened position's d."""
+
+    outcome: Literal["pass", "fail", "inconclusive"]
+    failures: tuple[str, ...]
+    figures: dict[str, float]
+    source: str
+    distances: tuple[float, ...] = ()
+
+
+def audit_activations(
+    reference: Reference, receipt: Receipt, openings: Openings, challenge: Challenge
+) -> ActivationReport:
+    """The activation level for a receipt whose openings were found to be the signed ones.
+
+    Raises:
+        NotCheckable: no fingerprints, no positions, other weights, or a text that the reference cannot compute.
+        OpeningMismatch, Malformed: the answer does not open what was signed and drawn.
+    """
+    signed = receipt.evidence.activations
+    if signed is None:
+        check(receipt, (), ())
+        raise AssertionError("check refuses a receipt without fingerprints")
+    check_comparable(reference, receipt)
+    positions = challenge.positions
+    if not positions or positions[-1] >= signed.count:
+        raise NotCheckable("no position of the answer was drawn", drawn=len(positions), tokens=signed.count)
+    if challenge.answer is None:
+        raise OpeningMismatch(
+            "the provider withholds its fingerprints: nothing was opened before the deadline", drawn=len(positions)
+        )
+    opened = decode(challenge.answer)
+    check(receipt, opened, positions)
+    try:
+        found = distances(reference.model, openings, opened, signed.seed, signed.size)
+    except (EngineError, ValueError) as error:
+        raise NotCheckable(f"the reference cannot compute these fingerprints: {error}") from error
+    report = judge(found, tolerance_of(reference, receipt), complete=len(positions) == signed.count)
+    sizes = {"fingerprint_size": float(signed.size), "answer_bytes": float(len(challenge.answer))}
+    return ActivationReport(report.outcome, report.failures, {**report.figures, **sizes}, report.source, tuple(found))
+
+
+def distances(model: Model, openings: Openings, opened: Sequence[Opening], seed: int, size: int) -> list[float]:
+    """The distance d of each opened fingerprint, infinite where it is not a number.
+
+    Raises:
+        ValueError: the model has no projection of that size.
+        EngineError: it cannot compute the text.
+    """
+    wanted = {each.index: each.fingerprint for each in opened}
+    printer = Fingerprinter(seed, model.config.hidden_size, size, model.team)
+    tokens = (*openings.prompt_token_ids, *openings.output_token_ids[: max(wanted)])
+    found: dict[int, float] = {}
+    for first, states in teacher_forced_states(model, tokens, max(wanted) - min(wanted) + 1):
+        rows = [
+            index - min(wanted) - first for index in sorted(wanted) if 0 <= index - min(wanted) - first < len(states)
+        ]
+        if rows:
+            own, norms = printer(states[rows]), states[rows].float().norm(dim=1).tolist()
+            for row, print_, norm in zip(rows, own, norms, strict=True):
+                index = min(wanted) + first + row
+                found[index] = distance(wanted[index], print_, norm, model.config.hidden_size)
+    return [found[each.index] for each in opened]
+
+
+def distance(fingerprint: bytes, expected: np.ndarray, norm: float, hidden: int) -> float:
+    """The d of one fingerprint; ``expected`` (k) and ``norm`` are the reference's."""
+    claimed, own = np.frombuffer(fingerprint, dtype="<f2").astype(np.float64), expected.astype(np.float64)
+    if not np.isfinite(claimed).all():
+        return math.inf
+    scale = norm * math.sqrt(len(own) / hidden)
+    change = float(np.linalg.norm(claimed - own))
+    return change / scale if scale > 0 else (0.0 if change == 0 else math.inf)
+
+
+def teacher_forced_states(model: Model, token_ids: Sequence[int], wanted: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """The states (rows, hidden) at each of the last ``wanted`` tokens, ``CHUNK`` at most, and the first one's place."""
+    cache = PagedCache(model.config, model.dtype, tokens=len(token_ids))
+    sequence, before = cache.sequence(), len(token_ids) - wanted
+    for start in range(0, len(token_ids), CHUNK):
+        chunk = token_ids[start : start + CHUNK]
+        rows = min(len(chunk), max(0, start + len(chunk) - before))
+        states = model.compute(cache, [Span(sequence, chunk, rows)]).states
+        if rows:
+            yield start + len(chunk) - rows - before, states
+
+
+def judge(distances: Sequence[float], tolerance: Tolerance, *, complete: bool) -> ActivationReport:
+    """The verdict over the distances at the positions drawn, at least one; ``complete``: they are all there are.
+
+    A failure is one however few there are. To pass takes enough to find, nine times in ten, a provider that is
+    dishonest at a quarter of the positions, or all positions.
+    """
+    size, level = len(distances), FALSE_POSITIVES / 2
+    exceeding = sum(not each <= tolerance.distance for each in distances)
+    mean = math.fsum(min(each, CLIP) for each in distances) / size
+    limit = mean_limit(tolerance.mean, CLIP, size, level)
+    found = (
+        (
+            binomial_tail(exceeding, size, tolerance.rate) < level,
+            f"{exceeding} of {size} fingerprints are further from the reference's than {tolerance.distance:g}",
+        ),
+        (
+            mean_chance(mean, tolerance.mean, CLIP, size) < level,
+            f"the mean distance {mean:.4f} is above {limit:.4g}",
+        ),
+    )
+    failures = tuple(message for refused, message in found if refused)
+    needed = tokens_needed(tolerance.rate, level, 0.25, 0.9)
+    enough = complete or size >= needed
+    figures = {
+        "sample_size": float(size),
+        "positions_needed": float(needed),
+        "mean_distance": mean,
+        "max_distance": max((each for each in distances if math.isfinite(each)), default=0.0),
+        "exceedances": float(exceeding),
+        "tolerance": tolerance.distance,
+        "rate_threshold": tolerance.rate,
+        "mean_threshold": limit,
+        "false_positive_rate": FALSE_POSITIVES,
+    }
+    outcome: Literal["pass", "fail", "inconclusive"] = "fail" if failures else "pass" if enough else "inconclusive"
+    return ActivationReport(outcome, failures, figures, tolerance.source)
+
+
+def tolerance_of(reference: Reference, receipt: Receipt) -> Tolerance:
+    """By what the receipt says computed it, and what the reference computes with."""
+    if arithmetic_of(receipt) == reference.arithmetic and reference.arithmetic.executor == "native":
+        return SAME
+    return OTHER[receipt.model.dtype]
