@@ -101,7 +101,7 @@ class ReceiptVerifier:
     """All trust rules for receipts, in the order in which they are applied. No input or output, no clock.
 
     ``form`` (signed by whom we trust, and not nonsense):
-        1. The receipt has at most 16 MiB, its payload at most 65,000 bytes.
+        1. The receipt has at most 4 MiB, its payload at most 65,000 bytes.
         2. It is one COSE_Sign1 in deterministic CBOR, nothing before, after or beside it.
         3. The protected header names EdDSA, the content type of receipts and a key id, and nothing else.
         4. The payload fits the schema of version 1: all of its keys and no others, types, bounds.
