@@ -73,13 +73,15 @@ def _note() -> bytes:
     return b"log.example\n5\n" + b"A" * 43 + b"=\n\n" + (line * notes.MAX_SIGNATURES).encode()
 
 
+ITEMS = envelope.MAX_RECEIPT_BYTES - 6
+
 # The largest inputs that each reader takes up, and the worst that fits into them.
 LARGEST: dict[str, tuple[Callable[[bytes], object], Callable[[], bytes]]] = {
     "openings": (RULES.form, _full),
     "partial openings": (RULES.form, _partial),
     "payload": (RULES.form, lambda: envelope.seal(b"\x80" * envelope.MAX_PAYLOAD_BYTES, None, TARGET).encode()),
-    "many items": (RULES.form, lambda: b"\xd2\x84" + b"\x80" * (envelope.MAX_RECEIPT_BYTES - 2)),
-    "deep": (RULES.form, lambda: b"\xd2" + b"\x81" * (envelope.MAX_RECEIPT_BYTES - 1)),
+    "many items": (RULES.form, lambda: b"\xd2\x9a" + ITEMS.to_bytes(4, "big") + b"\x80" * ITEMS),
+    "deep": (RULES.form, lambda: b"\xd2" + b"\x81" * ITEMS + b"\x80"),
     "a huge length": (RULES.form, lambda: b"\xd2\x84\x5b\xff\xff\xff\xff\xff\xff\xff\xff" + SIGNED),
     "note": (RULES.checkpoint, _note),
     "tile": (TARGETS["tile"].read, lambda: b"tile/0/000\n" + pack_entries([bytes(65_535)] * 256)),
