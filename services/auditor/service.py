@@ -1,119 +1,276 @@
-"""The auditor service: the same audit as on the command line, against its own copy of the reference weights."""
+"""The auditor service: keeps receipts in a transparency log, audits those that are drawn, signs what it finds.
+
+    CS_RECEIPTS -> Intake -> log, ledger -> Notary: checkpoint, draw -> Docket: audit, verdict -> Outbox -> CS_AUDITS
+
+Each arrow rests on what is durable before it, so that any of them may be cut at any time (docs/adr/0025).
+"""
 
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 from google.protobuf.descriptor import ServiceDescriptor
 
-from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument
+from countersign.services.auditor.docket import Docket
+from countersign.services.auditor.examiner import Examiner
+from countersign.services.auditor.intake import Intake
+from countersign.services.auditor.keys import Keys
+from countersign.services.auditor.ledger import Ledger
+from countersign.services.auditor.notary import Notary
+from countersign.services.auditor.outbox import Outbox
+from countersign.services.auditor.proofs import Proofs
+from countersign.services.auditor.web import LogSite
+from countersign.services.auditor.wire import digest_of, entry_of, level_of, page_of, response_of
+from countersign.services.runtime.clock import wall_ms
+from countersign.services.runtime.config import AuditorConfig, Config
+from countersign.services.runtime.consumer import Consumer
+from countersign.services.runtime.errors import (
+    CountersignError,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Unavailable,
+    translated,
+)
+from countersign.services.runtime.journal import RECEIPTS
 from countersign.services.runtime.service import Call, Context
 from countersign.v1 import auditor_pb2
-from countersign.v1.auditor_pb2 import AuditLevel, AuditOutcome, AuditRequest, AuditResponse, LevelResult
+from countersign.v1.auditor_pb2 import (
+    AuditRequest,
+    AuditResponse,
+    GetCheckpointRequest,
+    GetCheckpointResponse,
+    GetConsistencyRequest,
+    GetConsistencyResponse,
+    GetInclusionRequest,
+    GetInclusionResponse,
+    GetLogRequest,
+    GetLogResponse,
+    GetVerdictRequest,
+    GetVerdictResponse,
+    ListEquivocationsRequest,
+    ListEquivocationsResponse,
+    ListVerdictsRequest,
+    ListVerdictsResponse,
+)
 from countersign.v1.registry_pb2 import Instance
-from countersign.verify.audit import LEVELS, AuditReport, Dtype, Level, audit
-from countersign.verify.errors import KeyFileError
-from countersign.verify.keys import load_public
+from countersign.verify.errors import KeyFileError, LogFolderError
+from countersign.verify.log.store import TileLog
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+BATCH = 512
+LOOK_S = 0.5
+RETRY_S = 1.0
+NO_KEY_S = 5.0
+QUIET_S = 1.0
 
-    from countersign.verify.difr import Reference
+T = TypeVar("T")
 
-_LEVELS: dict[AuditLevel.ValueType, Level] = {
-    AuditLevel.Value(f"AUDIT_LEVEL_{level.upper()}"): level for level in LEVELS
-}
-_LEVEL_NUMBERS = {level: number for number, level in _LEVELS.items()}
-_OUTCOMES = {
-    "pass": AuditOutcome.AUDIT_OUTCOME_PASS,
-    "fail": AuditOutcome.AUDIT_OUTCOME_FAIL,
-    "inconclusive": AuditOutcome.AUDIT_OUTCOME_INCONCLUSIVE,
-}
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """All that the auditor keeps."""
+
+    log: TileLog
+    ledger: Ledger
+    keys: Keys
+
+    @staticmethod
+    def open(config: Config) -> Books:
+        """What ``data_dir`` and the ledger's URL hold, made if there is nothing.
+
+        Raises:
+            FailedPrecondition: keys, log folder or ledger cannot be used.
+        """
+        folder = config.data_dir / "auditor"
+        with (
+            translated(KeyFileError, FailedPrecondition, reason="KEY_FILE_UNUSABLE"),
+            translated(LogFolderError, FailedPrecondition, reason="LOG_FOLDER_UNUSABLE"),
+        ):
+            keys = Keys.load(config.data_dir / "keys", config.auditor.origin)
+            log = TileLog.open(folder / "log")
+        try:
+            ledger = Ledger.open(config.auditor.ledger or f"sqlite:///{folder / 'ledger.db'}")
+        except CountersignError:
+            log.close()
+            raise
+        return Books(log, ledger, keys)
+
+    def close(self) -> None:
+        self.ledger.close()
+        self.log.close()
 
 
 class AuditorService:
-    """Audits wait for one thread: it runs the model, which is loaded at the first audit that reaches the tokens.
-
-    ``key_file`` is read at each audit, so that the auditor may start before the target has written it; without it the
-    form level is inconclusive.
-    """
+    """``consumer``: the receipts that come; None where it only answers, without a bus."""
 
     descriptor: ServiceDescriptor = auditor_pb2.DESCRIPTOR.services_by_name["AuditorService"]
 
-    def __init__(self, key_file: Path, model: Path, threads: int) -> None:
-        self._key_file = key_file
-        self._model = model
-        self._threads = threads
-        self._references: dict[Dtype, Reference] = {}
-        self._active = 0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="audit")
+    def __init__(
+        self,
+        books: Books,
+        examiner: Examiner,
+        site: LogSite,
+        config: AuditorConfig,
+        log: logging.Logger,
+    ) -> None:
+        self._books = books
+        self._examiner = examiner
+        self._site = site
+        self._config = config
+        self._logger = log
+        self._intake = Intake(books.log, books.ledger, examiner.trusted_keys, wall_ms)
+        self._notary = Notary(books.log, books.ledger, books.keys, config.share)
+        self._proofs = Proofs(books.log, books.ledger, books.keys)
+        self._work: list[Callable[[], Awaitable[None]]] = []
+        self._drawn, self._signed = asyncio.Event(), asyncio.Event()
+
+    def works(self, consumer: Consumer, docket: Docket, outbox: Outbox) -> None:
+        """Gives it the stream of receipts to work on; before ``run``."""
+        self._work = [
+            lambda: self._take_receipts(consumer),
+            lambda: self._audit_drawn(docket),
+            lambda: self._publish(outbox),
+        ]
 
     async def run(self) -> None:
+        """Work for ever. Raises DataLoss where log, ledger and keys are not of each other."""
+        await asyncio.to_thread(self._catch_up)
+        async with asyncio.TaskGroup() as group:
+            for work in self._work:
+                group.create_task(self._patiently(work))
         await asyncio.Event().wait()
 
     async def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        await self._site.close()
+        await asyncio.to_thread(self._examiner.close)
+        self._books.close()
 
     def describe(self, instance: Instance) -> None:
-        instance.active_requests = self._active
+        instance.active_requests = self._examiner.active
 
     async def Audit(self, request: AuditRequest, call: Call) -> AuditResponse:
         """Raises InvalidArgument for an unknown level, FailedPrecondition when the trusted key's file is unusable."""
-        levels = [_level(number) for number in request.levels]
-        self._active += 1
-        try:
-            loop = asyncio.get_running_loop()
-            report = await loop.run_in_executor(self._thread, self._audit, request.receipt, levels)
-        finally:
-            self._active -= 1
-        return _response(report)
+        levels = [level_of(number) for number in request.levels]
+        return response_of(await self._examiner.audit(request.receipt, levels))
 
-    def _audit(self, receipt: bytes, levels: list[Level]) -> AuditReport:
-        return audit(receipt, trusted_keys=self._trusted_keys(), reference=self._reference, levels=levels)
+    async def GetLog(self, request: GetLogRequest, call: Call) -> GetLogResponse:
+        keys = self._books.keys
+        counts = await asyncio.to_thread(self._books.ledger.counts)
+        return GetLogResponse(
+            origin=keys.origin,
+            log_key=keys.log_key.encode(),
+            witness_key=keys.witness_key.encode(),
+            auditor_key=keys.verdicts.public_key().public_bytes_raw(),
+            url=self._site.url,
+            size=counts.receipts,
+            refused=counts.refused,
+            waiting=counts.waiting,
+            outcomes=counts.outcomes,
+            equivocations=counts.conflicts,
+        )
 
-    def _trusted_keys(self) -> list[Ed25519PublicKey]:
-        try:
-            return [load_public(self._key_file)] if self._key_file.exists() else []
-        except KeyFileError as error:
-            raise FailedPrecondition(str(error), reason="KEY_FILE_UNUSABLE") from error
+    async def GetCheckpoint(self, request: GetCheckpointRequest, call: Call) -> GetCheckpointResponse:
+        covers = request.covers if request.HasField("covers") else None
+        _, note = await self._asked(self._proofs.checkpoint, covers)
+        return GetCheckpointResponse(note=note)
 
-    def _reference(self, dtype: Dtype) -> Reference:
-        if dtype not in self._references:
-            import torch  # seconds: only audits that reach the tokens pay them
+    async def GetInclusion(self, request: GetInclusionRequest, call: Call) -> GetInclusionResponse:
+        return await self._asked(self._proofs.inclusion, digest_of(request.receipt_sha256))
 
-            from countersign.verify.difr import load_reference
+    async def GetConsistency(self, request: GetConsistencyRequest, call: Call) -> GetConsistencyResponse:
+        return await self._asked(self._proofs.consistency, request.old_size, request.new_size)
 
-            # In this thread, because OpenMP counts threads for each thread that calls it.
-            torch.set_num_threads(self._threads)
-            self._references[dtype] = load_reference(self._model, dtype)
-        return self._references[dtype]
+    async def GetVerdict(self, request: GetVerdictRequest, call: Call) -> GetVerdictResponse:
+        return await self._asked(self._proofs.verdict, digest_of(request.receipt_sha256))
+
+    async def ListVerdicts(self, request: ListVerdictsRequest, call: Call) -> ListVerdictsResponse:
+        after, most = page_of(request.page_size, request.page_token)
+        found = await self._asked(self._books.ledger.verdicts, after, most, request.outcome or None)
+        more = str(found[-1].index) if len(found) == most else ""
+        return ListVerdictsResponse(verdicts=map(entry_of, found), next_page_token=more)
+
+    async def ListEquivocations(self, request: ListEquivocationsRequest, call: Call) -> ListEquivocationsResponse:
+        found = await self._asked(self._books.ledger.conflicts, request.origin or None)
+        return ListEquivocationsResponse(statements=found)
+
+    async def _asked(self, answer: Callable[..., T], *arguments: object) -> T:
+        with translated(LogFolderError, DataLoss, reason="LOG_FOLDER_UNUSABLE"):
+            return await asyncio.to_thread(answer, *arguments)
+
+    def _catch_up(self) -> None:
+        """What a crash left between log and ledger."""
+        with translated(LogFolderError, DataLoss, reason="LOG_FOLDER_UNUSABLE"):
+            entered = self._intake.catch_up()
+            self._notary.catch_up()
+        if entered:
+            self._logger.info("entered what the log had and the ledger lacked", extra={"entries": entered})
+
+    async def _take_receipts(self, consumer: Consumer) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            deliveries = await consumer.fetch(BATCH, min(LOOK_S, self._config.checkpoint_s))
+            if deliveries:
+                taken = await self._asked(self._intake.take, [delivery.data for delivery in deliveries])
+                for place in taken.later:
+                    await consumer.postpone(deliveries[place], NO_KEY_S)
+                done = [delivery for place, delivery in enumerate(deliveries) if place not in taken.later]
+                await consumer.acknowledge(done)
+            if loop.time() >= due:
+                due = loop.time() + self._config.checkpoint_s
+                if await self._asked(self._notary.sign) is not None:
+                    self._drawn.set()
+                    self._signed.set()
+
+    async def _audit_drawn(self, docket: Docket) -> None:
+        while True:
+            self._drawn.clear()
+            while await docket.next():
+                self._signed.set()
+            await _within(QUIET_S, self._drawn)
+
+    async def _publish(self, outbox: Outbox) -> None:
+        while True:
+            self._signed.clear()
+            await outbox.publish()
+            await _within(QUIET_S, self._signed)
+
+    async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Try again while bus or ledger do not answer."""
+        while True:
+            try:
+                await work()
+            except (Unavailable, DeadlineExceeded) as error:
+                self._logger.warning("waiting for what does not answer error=%s", error)
+            await asyncio.sleep(RETRY_S)
+
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    """Until the event, and no longer than that."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
 
 
 async def create(context: Context) -> AuditorService:
-    config = context.config.auditor
-    key_file = context.config.data_dir / "keys" / "receipts.pub"
-    return AuditorService(key_file, config.model, config.threads)
-
-
-def _level(number: AuditLevel.ValueType) -> Level:
-    level = _LEVELS.get(number)
-    if level is None:
-        known = ", ".join(AuditLevel.Name(known) for known in _LEVELS)
-        raise InvalidArgument(f"there is no audit level {number}", reason="UNKNOWN_LEVEL", help=f"known are {known}")
-    return level
-
-
-def _response(report: AuditReport) -> AuditResponse:
-    levels = [
-        LevelResult(
-            level=_LEVEL_NUMBERS[part.level],
-            outcome=_OUTCOMES[part.outcome],
-            summary=part.summary,
-            figures=part.figures,
-        )
-        for part in report.levels
-    ]
-    return AuditResponse(verdict=_OUTCOMES[report.verdict], levels=levels)
+    config = context.config
+    books = await asyncio.to_thread(Books.open, config)
+    site = LogSite(books.log, books.ledger, books.keys)
+    try:
+        await site.open(config.auditor.http_listen)
+        consumer = await Consumer.open(context.bus, RECEIPTS, f"auditor-{books.keys.log_name}")
+    except CountersignError:
+        await site.close()
+        books.close()
+        raise
+    examiner = Examiner(config.data_dir / "keys" / "receipts.pub", config.auditor.model, config.auditor.threads)
+    service = AuditorService(books, examiner, site, config.auditor, context.log)
+    journal, ledger, keys = context.journal, books.ledger, books.keys
+    docket = Docket(books.log, ledger, keys.verdicts, journal.read, examiner.audit, wall_ms)
+    service.works(consumer, docket, Outbox(journal, ledger, keys))
+    context.log.info("the log is served", extra={"url": site.url, "origin": keys.origin, "size": books.log.size})
+    return service

@@ -54,6 +54,7 @@ Numerics = Annotated[Literal["invariant", "fast"], msgspec.Meta(description="inv
 Role = Annotated[Literal["mixed", "prefill", "decode"], msgspec.Meta(description="mixed, prefill or decode")]
 Reuse = Annotated[Literal["off", "pie", "blend"], msgspec.Meta(description="off, pie or blend")]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1, description="a number above 0, at most 1")]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1, description="a number from 0 to 1")]
 Number = Annotated[float, msgspec.Meta(ge=0, le=1e9, description="a number, 0 or more")]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**48, description="a number of bytes, 0 or more")]
 Fault = Annotated[
@@ -200,6 +201,14 @@ class AuditorConfig:
     listen: Listen = _LOCAL
     model: Folder = _DEMO_TARGET  # the reference weights
     threads: Count = 1
+    share: Fraction = 0.1  # of the receipts, drawn in public once they are in the log, are audited
+    checkpoint_s: Seconds = 1.0  # between two checkpoints of a log that grows
+    ledger: Text = ""  # empty: SQLite below data_dir/auditor; postgresql+psycopg://user:password@host/database
+    origin: Text = ""  # the log's name; empty: made from its key
+    http_listen: Listen = _LOCAL  # checkpoint, tiles and verdicts for everybody
+    witnesses: Text = ""  # who cosigns this log: "KEY URL, KEY URL"
+    follow: Text = ""  # other logs to witness: "KEY [URL], KEY [URL]"; those with a URL are fetched from there too
+    follow_s: Seconds = 5.0  # between two looks at each
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ mean is not known here.
 
     CS_COMMITS    cs.v1.commit.<id>     kept for a set time; each entry also goes out on cs.v1.committed.<id>
     CS_RECEIPTS   cs.v1.receipt.<id>    kept
+    CS_AUDITS     what auditors sign    kept
+                  cs.v1.checkpoint.<log>.<size>, .verdict.<auditor>.<receipt>, .equivocation.<auditor>.<evidence>
 """
 
 from __future__ import annotations
@@ -37,13 +39,15 @@ from countersign.services.runtime.errors import (
 )
 from countersign.services.runtime.jetstream import STREAM_EXISTS, WrongSequence, header, is_status, reply_of, status_of
 
-__all__ = ["COMMITS", "RECEIPTS", "Entry", "Journal", "WrongSequence"]
+__all__ = ["AUDITS", "COMMITS", "RECEIPTS", "Entry", "Journal", "WrongSequence"]
 
 COMMITS = "CS_COMMITS"
 RECEIPTS = "CS_RECEIPTS"
+AUDITS = "CS_AUDITS"
 _COMMIT = "cs.v1.commit."
 _COMMITTED = "cs.v1.committed."
 _RECEIPT = "cs.v1.receipt."
+_SIGNED = ("cs.v1.checkpoint.", "cs.v1.verdict.", "cs.v1.equivocation.")
 
 _BATCH = {"batch": 1000, "max_bytes": 8 << 20}
 _TIMEOUT_S = 5.0
@@ -77,7 +81,7 @@ class Journal:
         self._pending = pending
 
     async def ensure_streams(self, config: NatsConfig) -> None:
-        """Create the two streams, or bring them to this configuration. Safe from many processes at once.
+        """Create the streams, or bring them to this configuration. Safe from many processes at once.
 
         Raises:
             Unavailable: JetStream does not answer.
@@ -90,7 +94,8 @@ class Journal:
             republish=RePublish(src=f"{_COMMIT}*", dest=f"{_COMMITTED}{{{{wildcard(1)}}}}"),
         )
         receipts = StreamConfig(name=RECEIPTS, subjects=[f"{_RECEIPT}*"])
-        for stream in (commits, receipts):
+        audits = StreamConfig(name=AUDITS, subjects=[f"{kind}*.*" for kind in _SIGNED])
+        for stream in (commits, receipts, audits):
             await self._ensure(
                 stream.evolve(
                     storage=StorageType.FILE,
@@ -303,7 +308,9 @@ def _place(msg: Msg) -> tuple[int, int]:
 
 
 def _stream(subject: str) -> str:
-    for prefix, stream in ((_COMMIT, COMMITS), (_RECEIPT, RECEIPTS)):
+    for prefix, stream in ((_COMMIT, COMMITS), (_RECEIPT, RECEIPTS), *((kind, AUDITS) for kind in _SIGNED)):
         if subject.startswith(prefix):
             return stream
-    raise InvalidArgument(f"{subject} belongs to no stream: {_COMMIT}<id> and {_RECEIPT}<id> do")
+    raise InvalidArgument(
+        f"{subject} belongs to no stream: {_COMMIT}<id> and {_RECEIPT}<id> do, and what auditors sign"
+    )

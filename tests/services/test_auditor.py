@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from countersign.services.auditor.service import AuditorService
+from countersign.services.auditor.examiner import Examiner
+from countersign.services.auditor.service import AuditorService, Books
+from countersign.services.auditor.web import LogSite
+from countersign.services.runtime.config import AuditorConfig, Config
 from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument
 from countersign.services.runtime.rpc import Channel, RpcServer
 from countersign.v1.auditor_pb2 import AuditLevel, AuditOutcome, AuditRequest, AuditResponse
@@ -41,9 +45,16 @@ def key_file(tmp_path: Path) -> Path:
     return path
 
 
+def service_in(folder: Path, key_file: Path, model: Path) -> AuditorService:
+    """Without a bus: it answers, and works on nothing."""
+    books = Books.open(Config(data_dir=folder))
+    site = LogSite(books.log, books.ledger, books.keys)
+    return AuditorService(books, Examiner(key_file, model, 1), site, AuditorConfig(), logging.getLogger("test"))
+
+
 @pytest.fixture
-async def auditor(model: Path, key_file: Path) -> AsyncIterator[Channel]:
-    service, server = AuditorService(key_file, model, threads=1), RpcServer("127.0.0.1:0")
+async def auditor(model: Path, key_file: Path, tmp_path: Path) -> AsyncIterator[Channel]:
+    service, server = service_in(tmp_path, key_file, model), RpcServer("127.0.0.1:0")
     server.add(service)
     channel = Channel(await server.start())
     yield channel
@@ -124,7 +135,7 @@ async def test_a_key_that_is_not_there_yet_is_used_once_it_is(
 
 
 async def test_it_starts_and_announces_itself_without_loading_the_model(tmp_path: Path) -> None:
-    service, instance = AuditorService(tmp_path / "none", tmp_path / "none", threads=1), Instance()
+    service, instance = service_in(tmp_path, tmp_path / "none", tmp_path / "none"), Instance()
     service.describe(instance)
     assert instance.active_requests == 0
     await service.close()

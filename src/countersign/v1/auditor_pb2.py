@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63ountersign/v1/auditor.proto\x12\x0e\x63ountersign.v1\"K\n\x0c\x41uditRequest\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12*\n\x06levels\x18\x02 \x03(\x0e\x32\x1a.countersign.v1.AuditLevel\"k\n\rAuditResponse\x12-\n\x07verdict\x18\x01 \x01(\x0e\x32\x1c.countersign.v1.AuditOutcome\x12+\n\x06levels\x18\x02 \x03(\x0b\x32\x1b.countersign.v1.LevelResult\"\xe3\x01\n\x0bLevelResult\x12)\n\x05level\x18\x01 \x01(\x0e\x32\x1a.countersign.v1.AuditLevel\x12-\n\x07outcome\x18\x02 \x01(\x0e\x32\x1c.countersign.v1.AuditOutcome\x12\x0f\n\x07summary\x18\x03 \x01(\t\x12\x39\n\x07\x66igures\x18\x04 \x03(\x0b\x32(.countersign.v1.LevelResult.FiguresEntry\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*\x8b\x01\n\nAuditLevel\x12\x1b\n\x17\x41UDIT_LEVEL_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41UDIT_LEVEL_FORM\x10\x01\x12\x15\n\x11\x41UDIT_LEVEL_COUNT\x10\x02\x12\x16\n\x12\x41UDIT_LEVEL_TOKENS\x10\x03\x12\x1b\n\x17\x41UDIT_LEVEL_ACTIVATIONS\x10\x04*}\n\x0c\x41uditOutcome\x12\x1d\n\x19\x41UDIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41UDIT_OUTCOME_PASS\x10\x01\x12\x16\n\x12\x41UDIT_OUTCOME_FAIL\x10\x02\x12\x1e\n\x1a\x41UDIT_OUTCOME_INCONCLUSIVE\x10\x03\x32V\n\x0e\x41uditorService\x12\x44\n\x05\x41udit\x12\x1c.countersign.v1.AuditRequest\x1a\x1d.countersign.v1.AuditResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63ountersign/v1/auditor.proto\x12\x0e\x63ountersign.v1\"K\n\x0c\x41uditRequest\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12*\n\x06levels\x18\x02 \x03(\x0e\x32\x1a.countersign.v1.AuditLevel\"k\n\rAuditResponse\x12-\n\x07verdict\x18\x01 \x01(\x0e\x32\x1c.countersign.v1.AuditOutcome\x12+\n\x06levels\x18\x02 \x03(\x0b\x32\x1b.countersign.v1.LevelResult\"\xe3\x01\n\x0bLevelResult\x12)\n\x05level\x18\x01 \x01(\x0e\x32\x1a.countersign.v1.AuditLevel\x12-\n\x07outcome\x18\x02 \x01(\x0e\x32\x1c.countersign.v1.AuditOutcome\x12\x0f\n\x07summary\x18\x03 \x01(\t\x12\x39\n\x07\x66igures\x18\x04 \x03(\x0b\x32(.countersign.v1.LevelResult.FiguresEntry\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x0f\n\rGetLogRequest\"\xa0\x02\n\x0eGetLogResponse\x12\x0e\n\x06origin\x18\x01 \x01(\t\x12\x0f\n\x07log_key\x18\x02 \x01(\t\x12\x13\n\x0bwitness_key\x18\x03 \x01(\t\x12\x13\n\x0b\x61uditor_key\x18\x04 \x01(\x0c\x12\x0b\n\x03url\x18\x05 \x01(\t\x12\x0c\n\x04size\x18\x06 \x01(\x04\x12\x0f\n\x07refused\x18\x07 \x01(\x04\x12\x0f\n\x07waiting\x18\x08 \x01(\x04\x12>\n\x08outcomes\x18\t \x03(\x0b\x32,.countersign.v1.GetLogResponse.OutcomesEntry\x12\x15\n\requivocations\x18\n \x01(\x04\x1a/\n\rOutcomesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"6\n\x14GetCheckpointRequest\x12\x13\n\x06\x63overs\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\t\n\x07_covers\"%\n\x15GetCheckpointResponse\x12\x0c\n\x04note\x18\x01 \x01(\x0c\"-\n\x13GetInclusionRequest\x12\x16\n\x0ereceipt_sha256\x18\x01 \x01(\x0c\"]\n\x14GetInclusionResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x12\n\ncheckpoint\x18\x02 \x01(\x0c\x12\x0c\n\x04path\x18\x03 \x03(\x0c\x12\x14\n\x0c\x63ose_receipt\x18\x04 \x01(\x0c\";\n\x15GetConsistencyRequest\x12\x10\n\x08old_size\x18\x01 \x01(\x04\x12\x10\n\x08new_size\x18\x02 \x01(\x04\"8\n\x16GetConsistencyResponse\x12\x10\n\x08new_size\x18\x01 \x01(\x04\x12\x0c\n\x04path\x18\x02 \x03(\x0c\"+\n\x11GetVerdictRequest\x12\x16\n\x0ereceipt_sha256\x18\x01 \x01(\x0c\"n\n\x12GetVerdictResponse\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.countersign.v1.AuditState\x12-\n\x07verdict\x18\x02 \x01(\x0b\x32\x1c.countersign.v1.VerdictEntry\"Y\n\x0cVerdictEntry\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x16\n\x0ereceipt_sha256\x18\x02 \x01(\x0c\x12\x0f\n\x07outcome\x18\x03 \x01(\t\x12\x11\n\tstatement\x18\x04 \x01(\x0c\"M\n\x13ListVerdictsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0f\n\x07outcome\x18\x03 \x01(\t\"_\n\x14ListVerdictsResponse\x12.\n\x08verdicts\x18\x01 \x03(\x0b\x32\x1c.countersign.v1.VerdictEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"*\n\x18ListEquivocationsRequest\x12\x0e\n\x06origin\x18\x01 \x01(\t\"/\n\x19ListEquivocationsResponse\x12\x12\n\nstatements\x18\x01 \x03(\x0c*\x8b\x01\n\nAuditLevel\x12\x1b\n\x17\x41UDIT_LEVEL_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41UDIT_LEVEL_FORM\x10\x01\x12\x15\n\x11\x41UDIT_LEVEL_COUNT\x10\x02\x12\x16\n\x12\x41UDIT_LEVEL_TOKENS\x10\x03\x12\x1b\n\x17\x41UDIT_LEVEL_ACTIVATIONS\x10\x04*}\n\x0c\x41uditOutcome\x12\x1d\n\x19\x41UDIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41UDIT_OUTCOME_PASS\x10\x01\x12\x16\n\x12\x41UDIT_OUTCOME_FAIL\x10\x02\x12\x1e\n\x1a\x41UDIT_OUTCOME_INCONCLUSIVE\x10\x03*\x8e\x01\n\nAuditState\x12\x1b\n\x17\x41UDIT_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41UDIT_STATE_LOGGED\x10\x01\x12\x19\n\x15\x41UDIT_STATE_NOT_DRAWN\x10\x02\x12\x17\n\x13\x41UDIT_STATE_WAITING\x10\x03\x12\x17\n\x13\x41UDIT_STATE_DECIDED\x10\x04\x32\xd3\x05\n\x0e\x41uditorService\x12\x44\n\x05\x41udit\x12\x1c.countersign.v1.AuditRequest\x1a\x1d.countersign.v1.AuditResponse\x12G\n\x06GetLog\x12\x1d.countersign.v1.GetLogRequest\x1a\x1e.countersign.v1.GetLogResponse\x12\\\n\rGetCheckpoint\x12$.countersign.v1.GetCheckpointRequest\x1a%.countersign.v1.GetCheckpointResponse\x12Y\n\x0cGetInclusion\x12#.countersign.v1.GetInclusionRequest\x1a$.countersign.v1.GetInclusionResponse\x12_\n\x0eGetConsistency\x12%.countersign.v1.GetConsistencyRequest\x1a&.countersign.v1.GetConsistencyResponse\x12S\n\nGetVerdict\x12!.countersign.v1.GetVerdictRequest\x1a\".countersign.v1.GetVerdictResponse\x12Y\n\x0cListVerdicts\x12#.countersign.v1.ListVerdictsRequest\x1a$.countersign.v1.ListVerdictsResponse\x12h\n\x11ListEquivocations\x12(.countersign.v1.ListEquivocationsRequest\x1a).countersign.v1.ListEquivocationsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LEVELRESULT_FIGURESENTRY']._loaded_options = None
   _globals['_LEVELRESULT_FIGURESENTRY']._serialized_options = b'8\001'
-  _globals['_AUDITLEVEL']._serialized_start=465
-  _globals['_AUDITLEVEL']._serialized_end=604
-  _globals['_AUDITOUTCOME']._serialized_start=606
-  _globals['_AUDITOUTCOME']._serialized_end=731
+  _globals['_GETLOGRESPONSE_OUTCOMESENTRY']._loaded_options = None
+  _globals['_GETLOGRESPONSE_OUTCOMESENTRY']._serialized_options = b'8\001'
+  _globals['_AUDITLEVEL']._serialized_start=1646
+  _globals['_AUDITLEVEL']._serialized_end=1785
+  _globals['_AUDITOUTCOME']._serialized_start=1787
+  _globals['_AUDITOUTCOME']._serialized_end=1912
+  _globals['_AUDITSTATE']._serialized_start=1915
+  _globals['_AUDITSTATE']._serialized_end=2057
   _globals['_AUDITREQUEST']._serialized_start=48
   _globals['_AUDITREQUEST']._serialized_end=123
   _globals['_AUDITRESPONSE']._serialized_start=125
@@ -45,6 +49,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEVELRESULT']._serialized_end=462
   _globals['_LEVELRESULT_FIGURESENTRY']._serialized_start=416
   _globals['_LEVELRESULT_FIGURESENTRY']._serialized_end=462
-  _globals['_AUDITORSERVICE']._serialized_start=733
-  _globals['_AUDITORSERVICE']._serialized_end=819
+  _globals['_GETLOGREQUEST']._serialized_start=464
+  _globals['_GETLOGREQUEST']._serialized_end=479
+  _globals['_GETLOGRESPONSE']._serialized_start=482
+  _globals['_GETLOGRESPONSE']._serialized_end=770
+  _globals['_GETLOGRESPONSE_OUTCOMESENTRY']._serialized_start=723
+  _globals['_GETLOGRESPONSE_OUTCOMESENTRY']._serialized_end=770
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=772
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=826
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=828
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=865
+  _globals['_GETINCLUSIONREQUEST']._serialized_start=867
+  _globals['_GETINCLUSIONREQUEST']._serialized_end=912
+  _globals['_GETINCLUSIONRESPONSE']._serialized_start=914
+  _globals['_GETINCLUSIONRESPONSE']._serialized_end=1007
+  _globals['_GETCONSISTENCYREQUEST']._serialized_start=1009
+  _globals['_GETCONSISTENCYREQUEST']._serialized_end=1068
+  _globals['_GETCONSISTENCYRESPONSE']._serialized_start=1070
+  _globals['_GETCONSISTENCYRESPONSE']._serialized_end=1126
+  _globals['_GETVERDICTREQUEST']._serialized_start=1128
+  _globals['_GETVERDICTREQUEST']._serialized_end=1171
+  _globals['_GETVERDICTRESPONSE']._serialized_start=1173
+  _globals['_GETVERDICTRESPONSE']._serialized_end=1283
+  _globals['_VERDICTENTRY']._serialized_start=1285
+  _globals['_VERDICTENTRY']._serialized_end=1374
+  _globals['_LISTVERDICTSREQUEST']._serialized_start=1376
+  _globals['_LISTVERDICTSREQUEST']._serialized_end=1453
+  _globals['_LISTVERDICTSRESPONSE']._serialized_start=1455
+  _globals['_LISTVERDICTSRESPONSE']._serialized_end=1550
+  _globals['_LISTEQUIVOCATIONSREQUEST']._serialized_start=1552
+  _globals['_LISTEQUIVOCATIONSREQUEST']._serialized_end=1594
+  _globals['_LISTEQUIVOCATIONSRESPONSE']._serialized_start=1596
+  _globals['_LISTEQUIVOCATIONSRESPONSE']._serialized_end=1643
+  _globals['_AUDITORSERVICE']._serialized_start=2060
+  _globals['_AUDITORSERVICE']._serialized_end=2783
 # @@protoc_insertion_point(module_scope)

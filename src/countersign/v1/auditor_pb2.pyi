@@ -79,6 +79,38 @@ AUDIT_OUTCOME_INCONCLUSIVE: AuditOutcome.ValueType  # 3
 """It could not be checked: other weights, no openings, no trusted key."""
 Global___AuditOutcome: _TypeAlias = AuditOutcome  # noqa: Y015
 
+class _AuditState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AuditStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    AUDIT_STATE_UNSPECIFIED: _AuditState.ValueType  # 0
+    """Not a state."""
+    AUDIT_STATE_LOGGED: _AuditState.ValueType  # 1
+    """In the log, and not yet covered by a checkpoint."""
+    AUDIT_STATE_NOT_DRAWN: _AuditState.ValueType  # 2
+    """Covered by a checkpoint that did not draw it: it is not audited."""
+    AUDIT_STATE_WAITING: _AuditState.ValueType  # 3
+    """Drawn; the audit is to come."""
+    AUDIT_STATE_DECIDED: _AuditState.ValueType  # 4
+    """Audited."""
+
+class AuditState(_AuditState, metaclass=_AuditStateEnumTypeWrapper):
+    """Where the audit of a receipt stands."""
+
+AUDIT_STATE_UNSPECIFIED: AuditState.ValueType  # 0
+"""Not a state."""
+AUDIT_STATE_LOGGED: AuditState.ValueType  # 1
+"""In the log, and not yet covered by a checkpoint."""
+AUDIT_STATE_NOT_DRAWN: AuditState.ValueType  # 2
+"""Covered by a checkpoint that did not draw it: it is not audited."""
+AUDIT_STATE_WAITING: AuditState.ValueType  # 3
+"""Drawn; the audit is to come."""
+AUDIT_STATE_DECIDED: AuditState.ValueType  # 4
+"""Audited."""
+Global___AuditState: _TypeAlias = AuditState  # noqa: Y015
+
 @_typing.final
 class AuditRequest(_message.Message):
     """A receipt."""
@@ -190,3 +222,446 @@ class LevelResult(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LevelResult: _TypeAlias = LevelResult  # noqa: Y015
+
+@_typing.final
+class GetLogRequest(_message.Message):
+    """Nothing to ask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLogRequest: _TypeAlias = GetLogRequest  # noqa: Y015
+
+@_typing.final
+class GetLogResponse(_message.Message):
+    """The log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class OutcomesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    LOG_KEY_FIELD_NUMBER: _builtins.int
+    WITNESS_KEY_FIELD_NUMBER: _builtins.int
+    AUDITOR_KEY_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    EQUIVOCATIONS_FIELD_NUMBER: _builtins.int
+    origin: _builtins.str
+    """Its name, the first line of its checkpoints."""
+    log_key: _builtins.str
+    """The key of its checkpoints, as a C2SP verifier key (name+hash+base64)."""
+    witness_key: _builtins.str
+    """The key of this auditor's cosignatures of other logs, likewise."""
+    auditor_key: _builtins.bytes
+    """The key of its verdicts, 32 bytes, Ed25519."""
+    url: _builtins.str
+    """Where checkpoint and tiles are served, http://host:port."""
+    size: _builtins.int
+    """Entries."""
+    refused: _builtins.int
+    """What came and is no receipt of a trusted key."""
+    waiting: _builtins.int
+    """Receipts drawn that still wait for their audit."""
+    equivocations: _builtins.int
+    """Pieces of evidence kept against followed logs."""
+    @_builtins.property
+    def outcomes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Audits that ended, by outcome: pass, fail, inconclusive."""
+
+    def __init__(
+        self,
+        *,
+        origin: _builtins.str = ...,
+        log_key: _builtins.str = ...,
+        witness_key: _builtins.str = ...,
+        auditor_key: _builtins.bytes = ...,
+        url: _builtins.str = ...,
+        size: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        outcomes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        equivocations: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auditor_key", b"auditor_key", "equivocations", b"equivocations", "log_key", b"log_key", "origin", b"origin", "outcomes", b"outcomes", "refused", b"refused", "size", b"size", "url", b"url", "waiting", b"waiting", "witness_key", b"witness_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLogResponse: _TypeAlias = GetLogResponse  # noqa: Y015
+
+@_typing.final
+class GetCheckpointRequest(_message.Message):
+    """Which checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COVERS_FIELD_NUMBER: _builtins.int
+    covers: _builtins.int
+    """The first one that covers the entry of this index; absent for the newest."""
+    def __init__(
+        self,
+        *,
+        covers: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_covers", b"_covers", "covers", b"covers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_covers", b"_covers", "covers", b"covers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__covers: _TypeAlias = _typing.Literal["covers"]  # noqa: Y015
+    _WhichOneofArgType__covers: _TypeAlias = _typing.Literal["_covers", b"_covers"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__covers) -> _WhichOneofReturnType__covers | None: ...
+
+Global___GetCheckpointRequest: _TypeAlias = GetCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class GetCheckpointResponse(_message.Message):
+    """A checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NOTE_FIELD_NUMBER: _builtins.int
+    note: _builtins.bytes
+    """A C2SP signed note."""
+    def __init__(
+        self,
+        *,
+        note: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["note", b"note"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCheckpointResponse: _TypeAlias = GetCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class GetInclusionRequest(_message.Message):
+    """Which receipt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_SHA256_FIELD_NUMBER: _builtins.int
+    receipt_sha256: _builtins.bytes
+    """SHA-256 of the receipt without openings, 32 bytes."""
+    def __init__(
+        self,
+        *,
+        receipt_sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt_sha256", b"receipt_sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInclusionRequest: _TypeAlias = GetInclusionRequest  # noqa: Y015
+
+@_typing.final
+class GetInclusionResponse(_message.Message):
+    """The proof, against the newest checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    COSE_RECEIPT_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Its place in the log."""
+    checkpoint: _builtins.bytes
+    """A C2SP signed note."""
+    cose_receipt: _builtins.bytes
+    """The same proof as a COSE Receipt (RFC 9942), signed by the log: to be attached to the receipt."""
+    @_builtins.property
+    def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Hashes, lowest first (RFC 9162 section 2.1.3)."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        checkpoint: _builtins.bytes = ...,
+        path: _abc.Iterable[_builtins.bytes] | None = ...,
+        cose_receipt: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "cose_receipt", b"cose_receipt", "index", b"index", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInclusionResponse: _TypeAlias = GetInclusionResponse  # noqa: Y015
+
+@_typing.final
+class GetConsistencyRequest(_message.Message):
+    """Between which sizes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OLD_SIZE_FIELD_NUMBER: _builtins.int
+    NEW_SIZE_FIELD_NUMBER: _builtins.int
+    old_size: _builtins.int
+    """The smaller."""
+    new_size: _builtins.int
+    """The larger; 0 for that of the newest checkpoint."""
+    def __init__(
+        self,
+        *,
+        old_size: _builtins.int = ...,
+        new_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["new_size", b"new_size", "old_size", b"old_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetConsistencyRequest: _TypeAlias = GetConsistencyRequest  # noqa: Y015
+
+@_typing.final
+class GetConsistencyResponse(_message.Message):
+    """The proof."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NEW_SIZE_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    new_size: _builtins.int
+    """Of the larger tree."""
+    @_builtins.property
+    def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Hashes, lowest first (RFC 9162 section 2.1.4)."""
+
+    def __init__(
+        self,
+        *,
+        new_size: _builtins.int = ...,
+        path: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["new_size", b"new_size", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetConsistencyResponse: _TypeAlias = GetConsistencyResponse  # noqa: Y015
+
+@_typing.final
+class GetVerdictRequest(_message.Message):
+    """Which receipt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_SHA256_FIELD_NUMBER: _builtins.int
+    receipt_sha256: _builtins.bytes
+    """SHA-256 of the receipt without openings, 32 bytes."""
+    def __init__(
+        self,
+        *,
+        receipt_sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt_sha256", b"receipt_sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetVerdictRequest: _TypeAlias = GetVerdictRequest  # noqa: Y015
+
+@_typing.final
+class GetVerdictResponse(_message.Message):
+    """The audit of a receipt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    state: Global___AuditState.ValueType
+    """How far it is."""
+    @_builtins.property
+    def verdict(self) -> Global___VerdictEntry:
+        """The verdict, once there is one."""
+
+    def __init__(
+        self,
+        *,
+        state: Global___AuditState.ValueType = ...,
+        verdict: Global___VerdictEntry | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["verdict", b"verdict"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetVerdictResponse: _TypeAlias = GetVerdictResponse  # noqa: Y015
+
+@_typing.final
+class VerdictEntry(_message.Message):
+    """One verdict."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    RECEIPT_SHA256_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    STATEMENT_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Place of the receipt in the log."""
+    receipt_sha256: _builtins.bytes
+    """SHA-256 of the receipt without openings, 32 bytes."""
+    outcome: _builtins.str
+    """How it ended: pass, fail, inconclusive."""
+    statement: _builtins.bytes
+    """The signed verdict, a COSE_Sign1."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        receipt_sha256: _builtins.bytes = ...,
+        outcome: _builtins.str = ...,
+        statement: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "outcome", b"outcome", "receipt_sha256", b"receipt_sha256", "statement", b"statement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerdictEntry: _TypeAlias = VerdictEntry  # noqa: Y015
+
+@_typing.final
+class ListVerdictsRequest(_message.Message):
+    """Which page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most so many; 0 for 100, at most 1000."""
+    page_token: _builtins.str
+    """As the page before gave it; empty for the first."""
+    outcome: _builtins.str
+    """Only those that ended so; empty for all."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListVerdictsRequest: _TypeAlias = ListVerdictsRequest  # noqa: Y015
+
+@_typing.final
+class ListVerdictsResponse(_message.Message):
+    """A page of verdicts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERDICTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty where none follows."""
+    @_builtins.property
+    def verdicts(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerdictEntry]:
+        """In the order of the log."""
+
+    def __init__(
+        self,
+        *,
+        verdicts: _abc.Iterable[Global___VerdictEntry] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "verdicts", b"verdicts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListVerdictsResponse: _TypeAlias = ListVerdictsResponse  # noqa: Y015
+
+@_typing.final
+class ListEquivocationsRequest(_message.Message):
+    """Of which log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    origin: _builtins.str
+    """Its name; empty for all logs."""
+    def __init__(
+        self,
+        *,
+        origin: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEquivocationsRequest: _TypeAlias = ListEquivocationsRequest  # noqa: Y015
+
+@_typing.final
+class ListEquivocationsResponse(_message.Message):
+    """Evidence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATEMENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def statements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Signed statements, COSE_Sign1, oldest first, at most 1000."""
+
+    def __init__(
+        self,
+        *,
+        statements: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["statements", b"statements"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEquivocationsResponse: _TypeAlias = ListEquivocationsResponse  # noqa: Y015

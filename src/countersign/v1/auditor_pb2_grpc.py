@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AuditorServiceStub:
-    """Checks receipts against the reference weights.
+    """Checks receipts against the reference weights, and keeps them in a transparency log.
     """
 
     def __init__(self, channel):
@@ -40,14 +40,98 @@ class AuditorServiceStub:
                 request_serializer=countersign_dot_v1_dot_auditor__pb2.AuditRequest.SerializeToString,
                 response_deserializer=countersign_dot_v1_dot_auditor__pb2.AuditResponse.FromString,
                 _registered_method=True)
+        self.GetLog = channel.unary_unary(
+                '/countersign.v1.AuditorService/GetLog',
+                request_serializer=countersign_dot_v1_dot_auditor__pb2.GetLogRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_auditor__pb2.GetLogResponse.FromString,
+                _registered_method=True)
+        self.GetCheckpoint = channel.unary_unary(
+                '/countersign.v1.AuditorService/GetCheckpoint',
+                request_serializer=countersign_dot_v1_dot_auditor__pb2.GetCheckpointRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_auditor__pb2.GetCheckpointResponse.FromString,
+                _registered_method=True)
+        self.GetInclusion = channel.unary_unary(
+                '/countersign.v1.AuditorService/GetInclusion',
+                request_serializer=countersign_dot_v1_dot_auditor__pb2.GetInclusionRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_auditor__pb2.GetInclusionResponse.FromString,
+                _registered_method=True)
+        self.GetConsistency = channel.unary_unary(
+                '/countersign.v1.AuditorService/GetConsistency',
+                request_serializer=countersign_dot_v1_dot_auditor__pb2.GetConsistencyRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_auditor__pb2.GetConsistencyResponse.FromString,
+                _registered_method=True)
+        self.GetVerdict = channel.unary_unary(
+                '/countersign.v1.AuditorService/GetVerdict',
+                request_serializer=countersign_dot_v1_dot_auditor__pb2.GetVerdictRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_auditor__pb2.GetVerdictResponse.FromString,
+                _registered_method=True)
+        self.ListVerdicts = channel.unary_unary(
+                '/countersign.v1.AuditorService/ListVerdicts',
+                request_serializer=countersign_dot_v1_dot_auditor__pb2.ListVerdictsRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_auditor__pb2.ListVerdictsResponse.FromString,
+                _registered_method=True)
+        self.ListEquivocations = channel.unary_unary(
+                '/countersign.v1.AuditorService/ListEquivocations',
+                request_serializer=countersign_dot_v1_dot_auditor__pb2.ListEquivocationsRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_auditor__pb2.ListEquivocationsResponse.FromString,
+                _registered_method=True)
 
 
 class AuditorServiceServicer:
-    """Checks receipts against the reference weights.
+    """Checks receipts against the reference weights, and keeps them in a transparency log.
     """
 
     def Audit(self, request, context):
         """Audits one receipt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLog(self, request, context):
+        """What the log is called, how it is checked, how far it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCheckpoint(self, request, context):
+        """A signed checkpoint of the log.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetInclusion(self, request, context):
+        """The proof that a receipt is in the log.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetConsistency(self, request, context):
+        """The proof that the log only grew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetVerdict(self, request, context):
+        """Whether a receipt was audited, and what came out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVerdicts(self, request, context):
+        """All verdicts, page by page, in the order of the log.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEquivocations(self, request, context):
+        """Evidence that a log showed two histories.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +145,41 @@ def add_AuditorServiceServicer_to_server(servicer, server):
                     request_deserializer=countersign_dot_v1_dot_auditor__pb2.AuditRequest.FromString,
                     response_serializer=countersign_dot_v1_dot_auditor__pb2.AuditResponse.SerializeToString,
             ),
+            'GetLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLog,
+                    request_deserializer=countersign_dot_v1_dot_auditor__pb2.GetLogRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_auditor__pb2.GetLogResponse.SerializeToString,
+            ),
+            'GetCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCheckpoint,
+                    request_deserializer=countersign_dot_v1_dot_auditor__pb2.GetCheckpointRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_auditor__pb2.GetCheckpointResponse.SerializeToString,
+            ),
+            'GetInclusion': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetInclusion,
+                    request_deserializer=countersign_dot_v1_dot_auditor__pb2.GetInclusionRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_auditor__pb2.GetInclusionResponse.SerializeToString,
+            ),
+            'GetConsistency': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetConsistency,
+                    request_deserializer=countersign_dot_v1_dot_auditor__pb2.GetConsistencyRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_auditor__pb2.GetConsistencyResponse.SerializeToString,
+            ),
+            'GetVerdict': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetVerdict,
+                    request_deserializer=countersign_dot_v1_dot_auditor__pb2.GetVerdictRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_auditor__pb2.GetVerdictResponse.SerializeToString,
+            ),
+            'ListVerdicts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVerdicts,
+                    request_deserializer=countersign_dot_v1_dot_auditor__pb2.ListVerdictsRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_auditor__pb2.ListVerdictsResponse.SerializeToString,
+            ),
+            'ListEquivocations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEquivocations,
+                    request_deserializer=countersign_dot_v1_dot_auditor__pb2.ListEquivocationsRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_auditor__pb2.ListEquivocationsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'countersign.v1.AuditorService', rpc_method_handlers)
@@ -70,7 +189,7 @@ def add_AuditorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AuditorService:
-    """Checks receipts against the reference weights.
+    """Checks receipts against the reference weights, and keeps them in a transparency log.
     """
 
     @staticmethod
@@ -90,6 +209,195 @@ class AuditorService:
             '/countersign.v1.AuditorService/Audit',
             countersign_dot_v1_dot_auditor__pb2.AuditRequest.SerializeToString,
             countersign_dot_v1_dot_auditor__pb2.AuditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.AuditorService/GetLog',
+            countersign_dot_v1_dot_auditor__pb2.GetLogRequest.SerializeToString,
+            countersign_dot_v1_dot_auditor__pb2.GetLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.AuditorService/GetCheckpoint',
+            countersign_dot_v1_dot_auditor__pb2.GetCheckpointRequest.SerializeToString,
+            countersign_dot_v1_dot_auditor__pb2.GetCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetInclusion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.AuditorService/GetInclusion',
+            countersign_dot_v1_dot_auditor__pb2.GetInclusionRequest.SerializeToString,
+            countersign_dot_v1_dot_auditor__pb2.GetInclusionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetConsistency(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.AuditorService/GetConsistency',
+            countersign_dot_v1_dot_auditor__pb2.GetConsistencyRequest.SerializeToString,
+            countersign_dot_v1_dot_auditor__pb2.GetConsistencyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVerdict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.AuditorService/GetVerdict',
+            countersign_dot_v1_dot_auditor__pb2.GetVerdictRequest.SerializeToString,
+            countersign_dot_v1_dot_auditor__pb2.GetVerdictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVerdicts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.AuditorService/ListVerdicts',
+            countersign_dot_v1_dot_auditor__pb2.ListVerdictsRequest.SerializeToString,
+            countersign_dot_v1_dot_auditor__pb2.ListVerdictsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEquivocations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.AuditorService/ListEquivocations',
+            countersign_dot_v1_dot_auditor__pb2.ListEquivocationsRequest.SerializeToString,
+            countersign_dot_v1_dot_auditor__pb2.ListEquivocationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

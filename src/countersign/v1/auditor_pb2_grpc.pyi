@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AuditorServiceStub:
-    """Checks receipts against the reference weights."""
+    """Checks receipts against the reference weights, and keeps them in a transparency log."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -35,17 +35,45 @@ class AuditorServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AuditorServiceAsyncStub: ...
     Audit: _grpc.UnaryUnaryMultiCallable[_auditor_pb2.AuditRequest, _auditor_pb2.AuditResponse]
     """Audits one receipt."""
+    GetLog: _grpc.UnaryUnaryMultiCallable[_auditor_pb2.GetLogRequest, _auditor_pb2.GetLogResponse]
+    """What the log is called, how it is checked, how far it is."""
+    GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_auditor_pb2.GetCheckpointRequest, _auditor_pb2.GetCheckpointResponse]
+    """A signed checkpoint of the log."""
+    GetInclusion: _grpc.UnaryUnaryMultiCallable[_auditor_pb2.GetInclusionRequest, _auditor_pb2.GetInclusionResponse]
+    """The proof that a receipt is in the log."""
+    GetConsistency: _grpc.UnaryUnaryMultiCallable[_auditor_pb2.GetConsistencyRequest, _auditor_pb2.GetConsistencyResponse]
+    """The proof that the log only grew."""
+    GetVerdict: _grpc.UnaryUnaryMultiCallable[_auditor_pb2.GetVerdictRequest, _auditor_pb2.GetVerdictResponse]
+    """Whether a receipt was audited, and what came out."""
+    ListVerdicts: _grpc.UnaryUnaryMultiCallable[_auditor_pb2.ListVerdictsRequest, _auditor_pb2.ListVerdictsResponse]
+    """All verdicts, page by page, in the order of the log."""
+    ListEquivocations: _grpc.UnaryUnaryMultiCallable[_auditor_pb2.ListEquivocationsRequest, _auditor_pb2.ListEquivocationsResponse]
+    """Evidence that a log showed two histories."""
 
 @_typing.type_check_only
 class AuditorServiceAsyncStub(AuditorServiceStub):
-    """Checks receipts against the reference weights."""
+    """Checks receipts against the reference weights, and keeps them in a transparency log."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Audit: _aio.UnaryUnaryMultiCallable[_auditor_pb2.AuditRequest, _auditor_pb2.AuditResponse]  # type: ignore[assignment]
     """Audits one receipt."""
+    GetLog: _aio.UnaryUnaryMultiCallable[_auditor_pb2.GetLogRequest, _auditor_pb2.GetLogResponse]  # type: ignore[assignment]
+    """What the log is called, how it is checked, how far it is."""
+    GetCheckpoint: _aio.UnaryUnaryMultiCallable[_auditor_pb2.GetCheckpointRequest, _auditor_pb2.GetCheckpointResponse]  # type: ignore[assignment]
+    """A signed checkpoint of the log."""
+    GetInclusion: _aio.UnaryUnaryMultiCallable[_auditor_pb2.GetInclusionRequest, _auditor_pb2.GetInclusionResponse]  # type: ignore[assignment]
+    """The proof that a receipt is in the log."""
+    GetConsistency: _aio.UnaryUnaryMultiCallable[_auditor_pb2.GetConsistencyRequest, _auditor_pb2.GetConsistencyResponse]  # type: ignore[assignment]
+    """The proof that the log only grew."""
+    GetVerdict: _aio.UnaryUnaryMultiCallable[_auditor_pb2.GetVerdictRequest, _auditor_pb2.GetVerdictResponse]  # type: ignore[assignment]
+    """Whether a receipt was audited, and what came out."""
+    ListVerdicts: _aio.UnaryUnaryMultiCallable[_auditor_pb2.ListVerdictsRequest, _auditor_pb2.ListVerdictsResponse]  # type: ignore[assignment]
+    """All verdicts, page by page, in the order of the log."""
+    ListEquivocations: _aio.UnaryUnaryMultiCallable[_auditor_pb2.ListEquivocationsRequest, _auditor_pb2.ListEquivocationsResponse]  # type: ignore[assignment]
+    """Evidence that a log showed two histories."""
 
 class AuditorServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Checks receipts against the reference weights."""
+    """Checks receipts against the reference weights, and keeps them in a transparency log."""
 
     @_abc_1.abstractmethod
     def Audit(
@@ -54,5 +82,61 @@ class AuditorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_auditor_pb2.AuditResponse, _abc.Awaitable[_auditor_pb2.AuditResponse]]:
         """Audits one receipt."""
+
+    @_abc_1.abstractmethod
+    def GetLog(
+        self,
+        request: _auditor_pb2.GetLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auditor_pb2.GetLogResponse, _abc.Awaitable[_auditor_pb2.GetLogResponse]]:
+        """What the log is called, how it is checked, how far it is."""
+
+    @_abc_1.abstractmethod
+    def GetCheckpoint(
+        self,
+        request: _auditor_pb2.GetCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auditor_pb2.GetCheckpointResponse, _abc.Awaitable[_auditor_pb2.GetCheckpointResponse]]:
+        """A signed checkpoint of the log."""
+
+    @_abc_1.abstractmethod
+    def GetInclusion(
+        self,
+        request: _auditor_pb2.GetInclusionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auditor_pb2.GetInclusionResponse, _abc.Awaitable[_auditor_pb2.GetInclusionResponse]]:
+        """The proof that a receipt is in the log."""
+
+    @_abc_1.abstractmethod
+    def GetConsistency(
+        self,
+        request: _auditor_pb2.GetConsistencyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auditor_pb2.GetConsistencyResponse, _abc.Awaitable[_auditor_pb2.GetConsistencyResponse]]:
+        """The proof that the log only grew."""
+
+    @_abc_1.abstractmethod
+    def GetVerdict(
+        self,
+        request: _auditor_pb2.GetVerdictRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auditor_pb2.GetVerdictResponse, _abc.Awaitable[_auditor_pb2.GetVerdictResponse]]:
+        """Whether a receipt was audited, and what came out."""
+
+    @_abc_1.abstractmethod
+    def ListVerdicts(
+        self,
+        request: _auditor_pb2.ListVerdictsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auditor_pb2.ListVerdictsResponse, _abc.Awaitable[_auditor_pb2.ListVerdictsResponse]]:
+        """All verdicts, page by page, in the order of the log."""
+
+    @_abc_1.abstractmethod
+    def ListEquivocations(
+        self,
+        request: _auditor_pb2.ListEquivocationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auditor_pb2.ListEquivocationsResponse, _abc.Awaitable[_auditor_pb2.ListEquivocationsResponse]]:
+        """Evidence that a log showed two histories."""
 
 def add_AuditorServiceServicer_to_server(servicer: AuditorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

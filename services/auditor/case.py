@@ -1,0 +1,56 @@
+"""What can be audited of a logged receipt, judged from the token log of its request. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from countersign.services.protocol.commit import Entry, LogState
+from countersign.services.protocol.errors import ProtocolError
+from countersign.verify.envelope import unseal
+from countersign.verify.errors import NotCheckable
+from countersign.verify.logged import openings_of
+
+
+@dataclass(frozen=True, slots=True)
+class Disclosed:
+    """The receipt with the openings that the token log gives; whether they are its own, the audit says."""
+
+    receipt: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """The request is still open: its receipt came before its last record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Nothing more than the form can be audited, and this is why."""
+
+    why: str
+
+
+Case = Disclosed | NotYet | Missed
+
+
+def case_of(receipt: bytes, request_id: str, records: Iterable[Entry]) -> Case:
+    """What there is to audit. ``receipt``: without openings; ``records``: the request's token log, none if gone."""
+    log = LogState(request_id)
+    try:
+        for record in records:
+            log = log.apply(record.sequence, record.data)
+    except ProtocolError as error:
+        return Missed(f"the token log of the request cannot be read: {error}")
+    if log.records == 0:
+        return Missed("the token log of the request is gone: it was kept for its time, and the audit came later")
+    if log.closed is None:
+        return NotYet()
+    envelope = unseal(receipt)
+    if log.closed.receipt_sha256 != envelope.digest():
+        closed = log.closed.receipt_sha256.hex() or "none"
+        return Missed(f"the request was closed with another receipt ({closed}): this one was made in vain")
+    try:
+        return Disclosed(replace(envelope, openings=openings_of(log)).encode())
+    except NotCheckable as error:
+        return Missed(str(error))

@@ -1,0 +1,146 @@
+"""The audits that wait: drawn receipts, oldest first, each audited as soon as its request is closed.
+
+They wait in the ledger, which a restart finds again, and one is in hand at a time: the backlog costs disk, not memory.
+A receipt whose token log is gone by then gets a verdict too, inconclusive and with the reason: none is missed unseen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from countersign.services.auditor.case import Disclosed, Missed, NotYet, case_of
+from countersign.services.auditor.ledger import Audit, Ledger
+from countersign.services.protocol.commit import Entry
+from countersign.services.protocol.subjects import commit_subject
+from countersign.services.runtime.errors import DataLoss
+from countersign.verify.audit import AuditReport, Level
+from countersign.verify.log.store import TileLog
+from countersign.verify.verdict import Finding, Verdict
+
+FIRST_WAIT_MS = 250
+LONGEST_WAIT_MS = 30_000
+MOST_FAILURES = 5
+
+_FORM: tuple[Level, ...] = ("form",)
+
+Examine = Callable[[bytes, Collection[Level]], Awaitable[AuditReport]]
+ReadLog = Callable[[str], Awaitable[Sequence[Entry]]]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A waiting audit with all that it rests on."""
+
+    audit: Audit
+    request_id: str
+    receipt: bytes
+    checkpoint: bytes
+
+
+class Docket:
+    """Works through the ledger's waiting audits, one by one.
+
+    Args:
+        log: where the receipts are.
+        ledger: where the audits wait.
+        key: signs verdicts.
+        read: the records under a subject.
+        examine: the audit itself.
+        wall_ms: the time.
+    """
+
+    def __init__(
+        self,
+        log: TileLog,
+        ledger: Ledger,
+        key: Ed25519PrivateKey,
+        read: ReadLog,
+        examine: Examine,
+        wall_ms: Callable[[], int],
+    ) -> None:
+        self._log = log
+        self._ledger = ledger
+        self._key = key
+        self._read = read
+        self._examine = examine
+        self._wall_ms = wall_ms
+        self._failures: Counter[int] = Counter()
+
+    async def next(self) -> bool:
+        """One audit, if one is due; whether there was one.
+
+        Raises:
+            Unavailable, DeadlineExceeded: token log or ledger do not answer; the audit waits on.
+        """
+        drawn = await asyncio.to_thread(self._due)
+        if drawn is None:
+            return False
+        case = case_of(drawn.receipt, drawn.request_id, await self._read(commit_subject(drawn.request_id)))
+        findings = None if isinstance(case, NotYet) else await self._findings(drawn, case)
+        if findings is None:
+            due = self._wall_ms() + wait_ms(drawn.audit.attempts)
+            await asyncio.to_thread(self._ledger.postpone, drawn.audit.index, due)
+        else:
+            await asyncio.to_thread(self._decide, drawn, findings)
+        return True
+
+    async def _findings(self, drawn: _Drawn, case: Disclosed | Missed) -> list[Finding] | None:
+        """What the levels say; None where the audit itself failed and is to be tried again."""
+        try:
+            if isinstance(case, Disclosed):
+                return _findings_of(await self._examine(case.receipt, ()))
+            form = _findings_of(await self._examine(drawn.receipt, _FORM))
+            return [*form, Finding("count", "inconclusive", case.why)]
+        except Exception as error:  # noqa: BLE001  a bug in one audit must neither stop the others nor hide
+            self._failures[drawn.audit.index] += 1
+            _log.exception("an audit failed", extra={"index": drawn.audit.index})
+            if self._failures[drawn.audit.index] < MOST_FAILURES:
+                return None
+            return [Finding("form", "inconclusive", f"the audit could not be made: {error}")]
+
+    def _due(self) -> _Drawn | None:
+        audit = self._ledger.next_audit(self._wall_ms())
+        if audit is None:
+            return None
+        entry, checkpoint = self._ledger.find(audit.digest), self._ledger.checkpoint_over(audit.index)
+        if entry is None or checkpoint is None:
+            raise DataLoss(f"the ledger lacks what receipt {audit.index} was drawn from", reason="LEDGER_MISMATCH")
+        return _Drawn(audit, entry.request_id, self._log.entry(audit.index), checkpoint[1])
+
+    def _decide(self, drawn: _Drawn, findings: Sequence[Finding]) -> None:
+        outcome, audit = worst(findings), drawn.audit
+        verdict = Verdict(
+            receipt=audit.digest,
+            request_id=drawn.request_id,
+            outcome=outcome,
+            findings=tuple(findings),
+            index=audit.index,
+            checkpoint=drawn.checkpoint,
+            audited_unix_ms=self._wall_ms(),
+        )
+        self._ledger.decided(audit.index, outcome, verdict.sign(self._key))
+        tell = _log.error if outcome == "fail" else _log.info
+        tell("audited request=%s outcome=%s: %s", drawn.request_id, outcome, findings[-1].summary)
+
+
+def worst(findings: Sequence[Finding]) -> str:
+    """The verdict is the worst of the levels."""
+    found = {finding.outcome for finding in findings}
+    return next((outcome for outcome in ("fail", "inconclusive", "pass") if outcome in found), "inconclusive")
+
+
+def wait_ms(attempts: int) -> int:
+    """How long until the next look at a request that is still open: twice as long each time, to a limit."""
+    return int(min(FIRST_WAIT_MS << min(attempts, 16), LONGEST_WAIT_MS))
+
+
+def _findings_of(report: AuditReport) -> list[Finding]:
+    return [Finding(level.level, level.outcome, level.summary, level.figures) for level in report.levels]

@@ -1,0 +1,85 @@
+"""Runs audits, one at a time, in a thread that stands back for everything else on the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from countersign.services.runtime.errors import FailedPrecondition
+from countersign.verify.audit import AuditReport, Dtype, Level, audit
+from countersign.verify.errors import KeyFileError
+from countersign.verify.keys import load_public
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    from countersign.verify.difr import Reference
+
+NICENESS = 19
+
+
+class Examiner:
+    """Holds the reference weights, which are loaded at the first audit that reaches the tokens.
+
+    ``key_file`` is read at each audit, so that the auditor may start before the target has written it; without it the
+    form level is inconclusive.
+    """
+
+    def __init__(self, key_file: Path, model: Path, threads: int) -> None:
+        self._key_file = key_file
+        self._model = model
+        self._threads = threads
+        self._references: dict[Dtype, Reference] = {}
+        self.active = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit", initializer=_stand_back)
+
+    async def audit(self, receipt: bytes, levels: Collection[Level]) -> AuditReport:
+        """Audits a receipt, behind those that wait already.
+
+        Raises:
+            FailedPrecondition: reason KEY_FILE_UNUSABLE.
+        """
+        self.active += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._audit, receipt, levels)
+        finally:
+            self.active -= 1
+
+    def trusted_keys(self) -> list[Ed25519PublicKey]:
+        """The keys of receipts that count; none while there is no key file.
+
+        Raises:
+            FailedPrecondition: reason KEY_FILE_UNUSABLE.
+        """
+        try:
+            return [load_public(self._key_file)] if self._key_file.exists() else []
+        except KeyFileError as error:
+            raise FailedPrecondition(str(error), reason="KEY_FILE_UNUSABLE") from error
+
+    def close(self) -> None:
+        """Waits for the audit in hand; those that wait are dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _audit(self, receipt: bytes, levels: Collection[Level]) -> AuditReport:
+        return audit(receipt, trusted_keys=self.trusted_keys(), reference=self._reference, levels=levels)
+
+    def _reference(self, dtype: Dtype) -> Reference:
+        if dtype not in self._references:
+            import torch  # seconds: only audits that reach the tokens pay them
+
+            from countersign.verify.difr import load_reference
+
+            # In this thread, because OpenMP counts threads for each thread that calls it.
+            torch.set_num_threads(self._threads)
+            self._references[dtype] = load_reference(self._model, dtype)
+        return self._references[dtype]
+
+
+def _stand_back() -> None:
+    """On Linux a thread has a priority of its own, and the threads that it starts inherit it."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
