@@ -356,6 +356,7 @@ async def test_each_command_explains_its_own_options(command: Command, name: str
         "generate": "--receipt",
         "batch": "--cache-tokens",
         "audit": "--model",
+        "calibrate": "--tokens",
         "receipt": "show",
         "up": "--set",
         "demo": "--json",

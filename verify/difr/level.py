@@ -10,10 +10,12 @@ from countersign.services.engine.errors import EngineError
 from countersign.services.engine.model import Backend, Model, load_model
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import StopMatcher, Tokenizer
+from countersign.verify.difr import profile as profiles
 from countersign.verify.difr.profile import Arithmetic, Profile
 from countersign.verify.difr.scores import TokenScore, score_tokens
 from countersign.verify.difr.verdict import THRESHOLDS, Power, Thresholds, judge
-from countersign.verify.errors import NotCheckable
+from countersign.verify.errors import KeyFileError, NotCheckable, VerificationError
+from countersign.verify.keys import load_public
 from countersign.verify.receipt import Openings, Receipt
 
 CONTEXT = 8
@@ -51,18 +53,35 @@ class TokenReport:
 
 
 def load_reference(folder: Path, dtype: Literal["fp32", "bf16"], backend: Backend = "auto") -> Reference:
-    """The reference in a Hugging Face folder.
+    """The reference in a Hugging Face folder, with the profile that lies there, if one does.
 
     Raises:
-        NotCheckable: the folder holds no model that this release can run.
+        NotCheckable: the folder holds no model that this release can run, or a profile that is not of this model, not
+            signed by the key beside it, or no profile at all.
     """
     try:
-        return Reference(load_model(folder, dtype=dtype, backend=backend), Tokenizer(folder))
+        model, tokenizer = load_model(folder, dtype=dtype, backend=backend), Tokenizer(folder)
     except (EngineError, OSError) as error:
         raise NotCheckable(
             f"the reference model in {folder} cannot be loaded: {error}",
             help="name the folder of its weights (--model FOLDER)",
         ) from error
+    return Reference(model, tokenizer, _profile_in(folder, model))
+
+
+def _profile_in(folder: Path, model: Model) -> Profile | None:
+    file = folder / profiles.FILE
+    if not file.exists():
+        return None
+    try:
+        profile = profiles.verify(file.read_bytes(), [load_public(folder / profiles.KEY_FILE)])
+        profiles.check_model(profile, model.digests.weights, model.digests.config, model.digests.tokenizer)
+    except (VerificationError, KeyFileError, OSError) as error:
+        raise NotCheckable(
+            f"the calibration in {file} cannot be used: {error}",
+            help=f"make it again (countersign calibrate --model {folder}), or remove it for reasoned thresholds",
+        ) from error
+    return profile
 
 
 def audit_tokens(

@@ -26,6 +26,11 @@ from countersign.verify.payload import Count, Digest, Name, UnixMilliseconds
 
 CONTENT_TYPE = "application/vnd.countersign.difr-profile+cbor"
 
+FILE, KEY_FILE = "difr-profile.cose", "difr-profile.pub"
+"""Where a model's folder keeps its profile, and the key of who made it. Whoever gives you the weights gives you these
+too: a profile of your own, under a key of your own, is one command away.
+"""
+
 TOLERANCES = (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.25, 1.0)
 """Logits above which scores are counted."""
 
@@ -139,6 +144,19 @@ def counted(
         clipped=tally.clipped,
         largest=max((score for score in flat if score < float("inf")), default=0.0),
     )
+
+
+def check_model(profile: Profile, weights: bytes, config: bytes, tokenizer: bytes) -> None:
+    """Raises NotCheckable when the profile is of another model, and says of what it differs."""
+    for name, wanted, found in (
+        ("weights", weights, profile.weights),
+        ("config", config, profile.config),
+        ("tokenizer", tokenizer, profile.tokenizer),
+    ):
+        if wanted != found:
+            raise NotCheckable(
+                f"it was made for other {name}, of the model {profile.model}", wanted=wanted, found=found
+            )
 
 
 def sign(profile: Profile, key: Ed25519PrivateKey) -> bytes:

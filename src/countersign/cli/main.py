@@ -41,6 +41,7 @@ COMMANDS = {
     "generate": Lazy("countersign.cli.generate", ("generate",), "Continue a prompt on a running stack."),
     "batch": Lazy("countersign.cli.batch", ("batch",), "Answer a file of prompts, each shared prefix computed once."),
     "audit": Lazy("countersign.cli.audit", ("audit",), "Check a receipt: its form, and its every token."),
+    "calibrate": Lazy("countersign.cli.calibrate", ("calibrate",), "Measure what honest answers of a model score."),
     "receipt": Lazy("countersign.cli.audit", ("show",), "Look into a receipt.", group=True),
     "up": Lazy("countersign.cli.up", ("up",), "Run the whole stack here until interrupted."),
     "bench": Lazy("countersign.cli.bench", ("bench",), "Measure; benchmarks of a checkout."),
