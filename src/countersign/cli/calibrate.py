@@ -35,6 +35,8 @@ def calibrate(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Run a model honestly in every way there is, count what an audit finds, and sign it as the model's profile."""
+    import torch
+
     from countersign.services.engine.errors import EngineError
     from countersign.services.engine.text import Tokenizer
     from countersign.services.runtime.config import load
@@ -42,6 +44,7 @@ def calibrate(
     from countersign.verify.errors import KeyFileError
     from countersign.verify.keys import load_or_create_signing_key, write_public
 
+    torch.set_num_threads(1)  # small passes: more threads mostly wait for each other
     config = load(None, os.environ, [])
     folder = model or config.target.model
     try:
