@@ -100,6 +100,11 @@ class ScriptedRouter:
     async def GetReceipt(self, request: router_pb2.GetReceiptRequest, call: Call) -> router_pb2.GetReceiptResponse:
         raise NotFound(f"no receipt for {request.request_id}", reason="UNKNOWN_REQUEST")
 
+    async def OpenActivations(
+        self, request: router_pb2.OpenActivationsRequest, call: Call
+    ) -> router_pb2.OpenActivationsResponse:
+        raise NotImplementedError
+
     async def Tokenize(self, request: router_pb2.TokenizeRequest, call: Call) -> router_pb2.TokenizeResponse:
         raise NotImplementedError
 

@@ -52,6 +52,8 @@ from countersign.v1.router_pb2 import (
     GetReceiptResponse,
     ModelInfo,
     OnDisconnect,
+    OpenActivationsRequest,
+    OpenActivationsResponse,
     ResumeRequest,
     ResumeResponse,
     TokenizeRequest,
@@ -174,14 +176,23 @@ class RouterService:
             if kept is None:
                 raise _unknown(request.request_id)
             return GetReceiptResponse(receipt=kept)
-        log = _replayed(request.request_id, entries)
-        if log.closed is None:
-            raise FailedPrecondition(
-                f"request {request.request_id} has not ended", reason="NOT_ENDED", help="resume it, or wait"
-            )
-        if not log.closed.receipt_sha256:
-            raise FailedPrecondition(f"request {request.request_id} ended without a receipt", reason="NO_RECEIPT")
-        return GetReceiptResponse(receipt=await self._receipts.of(log))
+        return GetReceiptResponse(receipt=await self._receipts.of(_signed_log(request.request_id, entries)))
+
+    async def OpenActivations(self, request: OpenActivationsRequest, call: Call) -> OpenActivationsResponse:
+        """Only once the receipt commits to them, so that nobody can ask first and have it signed accordingly.
+
+        Raises:
+            InvalidArgument: BAD_POSITIONS.
+            NotFound: UNKNOWN_REQUEST, of a log that was not kept as well.
+            FailedPrecondition: NOT_ENDED, NO_RECEIPT, NO_FINGERPRINTS, HIDDEN_TOKENS.
+        """
+        admission.check_request_id(request.request_id)
+        entries = await self._journal.read(commit_subject(request.request_id))
+        if not entries:
+            raise _unknown(request.request_id)
+        return OpenActivationsResponse(
+            openings=self._receipts.activations(_signed_log(request.request_id, entries), request.positions)
+        )
 
     async def Tokenize(self, request: TokenizeRequest, call: Call) -> TokenizeResponse:
         """Raises InvalidArgument(EMPTY_PROMPT, PROMPT_TOO_LONG)."""
@@ -291,6 +302,16 @@ class RouterService:
 def _replayed(request_id: str, entries: Sequence[Entry]) -> LogState:
     with translated(LogError, DataLoss, about=f"the log of request {request_id} is damaged"):
         return replay(request_id, entries)
+
+
+def _signed_log(request_id: str, entries: Sequence[Entry]) -> LogState:
+    """The log of a request that has ended with a receipt. Raises FailedPrecondition(NOT_ENDED or NO_RECEIPT)."""
+    log = _replayed(request_id, entries)
+    if log.closed is None:
+        raise FailedPrecondition(f"request {request_id} has not ended", reason="NOT_ENDED", help="resume it, or wait")
+    if not log.closed.receipt_sha256:
+        raise FailedPrecondition(f"request {request_id} ended without a receipt", reason="NO_RECEIPT")
+    return log
 
 
 def _unknown(request_id: str) -> NotFound:

@@ -227,6 +227,18 @@ class Client:
         reply = await self._channel.unary(method, request, router_pb2.GetReceiptResponse, UNARY_TIMEOUT_S)
         return reply.receipt
 
+    async def activations(self, request_id: str, positions: Sequence[int]) -> bytes:
+        """Activation fingerprints of a request whose receipt is signed, at these output tokens, ascending; see
+        ``countersign.verify.fingerprints``. Draw the positions once you have the receipt.
+        """
+        request = router_pb2.OpenActivationsRequest(
+            request_id=wire.text("request_id", request_id),
+            positions=[wire.unsigned("positions", position, 32) for position in positions],
+        )
+        method = f"{_SERVICE}/OpenActivations"
+        reply = await self._channel.unary(method, request, router_pb2.OpenActivationsResponse, UNARY_TIMEOUT_S)
+        return reply.openings
+
     async def tokenize(self, text: str) -> Sequence[int]:
         """The token ids that ``generate`` makes of a text."""
         request = router_pb2.TokenizeRequest(text=wire.text("text", text))

@@ -53,6 +53,11 @@ class Router:
         finally:
             self.flying -= 1
 
+    async def OpenActivations(
+        self, request: router_pb2.OpenActivationsRequest, call: Call
+    ) -> router_pb2.OpenActivationsResponse:
+        raise NotImplementedError
+
     async def Tokenize(self, request: router_pb2.TokenizeRequest, call: Call) -> router_pb2.TokenizeResponse:
         if request.text == "unreadable":
             raise InvalidArgument("no", reason="EMPTY_PROMPT")

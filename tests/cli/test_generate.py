@@ -85,6 +85,11 @@ class ScriptedRouter:
     async def GetReceipt(self, request: router_pb2.GetReceiptRequest, call: Call) -> router_pb2.GetReceiptResponse:
         raise NotImplementedError
 
+    async def OpenActivations(
+        self, request: router_pb2.OpenActivationsRequest, call: Call
+    ) -> router_pb2.OpenActivationsResponse:
+        raise NotImplementedError
+
     async def Tokenize(self, request: router_pb2.TokenizeRequest, call: Call) -> router_pb2.TokenizeResponse:
         raise NotImplementedError
 

@@ -22,9 +22,11 @@ from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.registry import Registry
+from countersign.verify.activations import Challenge
 from countersign.verify.audit import audit
 from countersign.verify.difr import load_reference
 from countersign.verify.keys import load_public
+from countersign.verify.logged import opened_fingerprints
 
 PROMPT = "class Stack:\n    def push(self, item):\n"
 LENGTH = 1500
@@ -114,12 +116,15 @@ async def test_another_target_goes_on_with_the_same_tokens_and_one_valid_receipt
     log = await stage.log(f"hurt-{hurt.name}")  # replay refuses positions committed twice and tokens of a fenced epoch
     assert log.epoch >= 2
     assert found.finished.reason is FinishReason.LENGTH
+    drawn = tuple(range(0, LENGTH, 25))
     report = audit(
         found.finished.receipt,
         trusted_keys=[load_public(stage.running.data_dir / "keys" / "receipts.pub")],
         reference=partial(load_reference, demo_models["target"]),
+        challenge=Challenge(drawn, opened_fingerprints(log, drawn)),
     )
     assert report.verdict == "pass", report
+    assert report.levels[-1].level == "activations"
 
 
 async def test_a_target_that_wakes_up_after_it_was_replaced_commits_nothing(stage: Stage) -> None:

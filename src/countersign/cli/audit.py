@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from countersign.cli.generate import ROUTER_VARIABLE, router_address
 from countersign.services.runtime.errors import CountersignError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from countersign.services.runtime.config import Config
+    from countersign.verify.activations import Challenge
     from countersign.verify.audit import AuditReport, Dtype
     from countersign.verify.difr import Reference
     from countersign.verify.receipt import SignedReceipt
@@ -30,13 +32,15 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 2}
 _STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 _WORDS = {"pass": "PASS", "fail": "FAIL", "inconclusive": "NOT CHECKABLE"}
-_LABEL_WIDTH = 8 + max(map(len, _WORDS.values()))
+_LEVEL_WIDTH = 12
+_LABEL_WIDTH = _LEVEL_WIDTH + max(map(len, _WORDS.values()))
 
 
 class LevelName(StrEnum):
     FORM = "form"
     COUNT = "count"
     TOKENS = "tokens"
+    ACTIVATIONS = "activations"
 
 
 class _Unreadable(Exception):
@@ -59,8 +63,15 @@ def audit(
         Path | None, typer.Option(help="Folder of the reference weights; the demo target by default.", metavar="FOLDER")
     ] = None,
     level: Annotated[
-        list[LevelName] | None, typer.Option(help="Check up to this level; all levels by default. Repeatable.")
+        list[LevelName] | None,
+        typer.Option(help="Check up to this level; by default all that the file is enough for. Repeatable."),
     ] = None,
+    positions: Annotated[
+        int, typer.Option(help="Fingerprints that level activations asks the provider for.", min=1, max=512)
+    ] = 16,
+    router: Annotated[
+        str, typer.Option(help="Address of the router to ask.", metavar="HOST:PORT", envvar=ROUTER_VARIABLE)
+    ] = "",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     data_dir: Annotated[
         Path | None, typer.Option(help="Data folder of the stack that signed (.countersign).", metavar="FOLDER")
@@ -68,7 +79,10 @@ def audit(
 ) -> None:
     """Check a receipt: signature, counts, every token. Exits 0 if it holds, 1 if not, 2 if that cannot be checked."""
     try:
-        report = _report(receipt, key, model, level, data_dir)
+        data = _read(receipt)
+        asked = LevelName.ACTIVATIONS in (level or ())
+        challenge = _challenge(data, positions, router, data_dir) if asked else None
+        report = _report(data, challenge, key, model, level, data_dir)
     except _Unreadable as error:
         if json_:
             print(json.dumps({"verdict": "inconclusive", "levels": [], "error": str(error)}))
@@ -107,17 +121,52 @@ def show(
         print(line)
 
 
+def _challenge(data: bytes, count: int, router: str, data_dir: Path | None) -> Challenge | None:
+    """The fingerprints at positions that are drawn here and now, from the provider; None of what is no receipt."""
+    import asyncio
+
+    from countersign.client import Client
+    from countersign.verify import sampling
+    from countersign.verify.activations import Challenge
+    from countersign.verify.errors import VerificationError
+    from countersign.verify.receipt import parse
+
+    try:
+        signed = parse(data)
+    except VerificationError:
+        return None  # the form level says so
+    if signed.receipt.evidence.activations is None:
+        return Challenge((), None)
+    beacon, population = os.urandom(sampling.DIGEST_SIZE), signed.receipt.output.tokens
+    drawn = sampling.positions("activations", beacon, signed.digest, population, count)
+
+    async def ask() -> bytes:
+        async with Client(router or router_address(data_dir)) as client:
+            return await client.activations(signed.receipt.request_id, drawn)
+
+    try:
+        return Challenge(drawn, asyncio.run(ask()))
+    except CountersignError as error:
+        raise _Unreadable(f"the provider did not open its fingerprints: {error}") from error
+
+
 def _report(
-    receipt: Path, key: list[Path] | None, model: Path | None, level: Sequence[LevelName] | None, data_dir: Path | None
+    data: bytes,
+    challenge: Challenge | None,
+    key: list[Path] | None,
+    model: Path | None,
+    level: Sequence[LevelName] | None,
+    data_dir: Path | None,
 ) -> AuditReport:
     from countersign.verify.audit import audit
 
     config = _config(data_dir)
     return audit(
-        _read(receipt),
+        data,
         trusted_keys=_trusted_keys(key, config),
         reference=partial(_load_reference, model or config.auditor.model),
         levels=[name.value for name in level or ()],
+        challenge=challenge,
     )
 
 
@@ -190,7 +239,7 @@ def _conclusion(report: AuditReport) -> str:
         advice = "; ".join(dict.fromkeys(level.help for level in open_levels if level.help))
         return "nothing wrong was found, but not everything could be checked" + (f": {advice}." if advice else ".")
     checked = ", ".join(level.level for level in report.levels)
-    if report.levels[-1].level != "tokens":
+    if not any(level.level in ("tokens", "activations") for level in report.levels):
         return f"the receipt holds as far as it was checked ({checked})."
     return "the answer is what the reference weights give for the signed request."
 
@@ -199,7 +248,7 @@ def _line(console: Console, label: str, text: str, outcome: str = "", *, bold: b
     from rich.text import Text
 
     style = " ".join(("bold" if bold else "", _STYLES.get(outcome, ""))).strip()
-    word = label if bold or not outcome else f"{label:<8}{_WORDS[outcome]}"
+    word = label if bold or not outcome else f"{label:<{_LEVEL_WIDTH}}{_WORDS[outcome]}"
     console.print(Text(f"{word:<{_LABEL_WIDTH}} ", style=style), Text(text), sep="", soft_wrap=True)
 
 

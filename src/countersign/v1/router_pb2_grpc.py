@@ -55,6 +55,11 @@ class RouterServiceStub:
                 request_serializer=countersign_dot_v1_dot_router__pb2.GetReceiptRequest.SerializeToString,
                 response_deserializer=countersign_dot_v1_dot_router__pb2.GetReceiptResponse.FromString,
                 _registered_method=True)
+        self.OpenActivations = channel.unary_unary(
+                '/countersign.v1.RouterService/OpenActivations',
+                request_serializer=countersign_dot_v1_dot_router__pb2.OpenActivationsRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_router__pb2.OpenActivationsResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/countersign.v1.RouterService/Tokenize',
                 request_serializer=countersign_dot_v1_dot_router__pb2.TokenizeRequest.SerializeToString,
@@ -99,6 +104,13 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenActivations(self, request, context):
+        """Opens activation fingerprints of a request that has ended, at positions that were drawn after its receipt was signed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """The token ids of a text, as Generate has them: for clients that plan by prefixes.
         """
@@ -135,6 +147,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.GetReceipt,
                     request_deserializer=countersign_dot_v1_dot_router__pb2.GetReceiptRequest.FromString,
                     response_serializer=countersign_dot_v1_dot_router__pb2.GetReceiptResponse.SerializeToString,
+            ),
+            'OpenActivations': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenActivations,
+                    request_deserializer=countersign_dot_v1_dot_router__pb2.OpenActivationsRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_router__pb2.OpenActivationsResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -256,6 +273,33 @@ class RouterService:
             '/countersign.v1.RouterService/GetReceipt',
             countersign_dot_v1_dot_router__pb2.GetReceiptRequest.SerializeToString,
             countersign_dot_v1_dot_router__pb2.GetReceiptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenActivations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.RouterService/OpenActivations',
+            countersign_dot_v1_dot_router__pb2.OpenActivationsRequest.SerializeToString,
+            countersign_dot_v1_dot_router__pb2.OpenActivationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class RouterServiceStub:
     """Ends a request; what is committed stands. A request that has ended stays as it is."""
     GetReceipt: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetReceiptRequest, _router_pb2.GetReceiptResponse]
     """The signed receipt of a request that has ended."""
+    OpenActivations: _grpc.UnaryUnaryMultiCallable[_router_pb2.OpenActivationsRequest, _router_pb2.OpenActivationsResponse]
+    """Opens activation fingerprints of a request that has ended, at positions that were drawn after its receipt was signed."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_router_pb2.TokenizeRequest, _router_pb2.TokenizeResponse]
     """The token ids of a text, as Generate has them: for clients that plan by prefixes."""
     GetInfo: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetInfoRequest, _router_pb2.GetInfoResponse]
@@ -59,6 +61,8 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """Ends a request; what is committed stands. A request that has ended stays as it is."""
     GetReceipt: _aio.UnaryUnaryMultiCallable[_router_pb2.GetReceiptRequest, _router_pb2.GetReceiptResponse]  # type: ignore[assignment]
     """The signed receipt of a request that has ended."""
+    OpenActivations: _aio.UnaryUnaryMultiCallable[_router_pb2.OpenActivationsRequest, _router_pb2.OpenActivationsResponse]  # type: ignore[assignment]
+    """Opens activation fingerprints of a request that has ended, at positions that were drawn after its receipt was signed."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_router_pb2.TokenizeRequest, _router_pb2.TokenizeResponse]  # type: ignore[assignment]
     """The token ids of a text, as Generate has them: for clients that plan by prefixes."""
     GetInfo: _aio.UnaryUnaryMultiCallable[_router_pb2.GetInfoRequest, _router_pb2.GetInfoResponse]  # type: ignore[assignment]
@@ -98,6 +102,14 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.GetReceiptResponse, _abc.Awaitable[_router_pb2.GetReceiptResponse]]:
         """The signed receipt of a request that has ended."""
+
+    @_abc_1.abstractmethod
+    def OpenActivations(
+        self,
+        request: _router_pb2.OpenActivationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.OpenActivationsResponse, _abc.Awaitable[_router_pb2.OpenActivationsResponse]]:
+        """Opens activation fingerprints of a request that has ended, at positions that were drawn after its receipt was signed."""
 
     @_abc_1.abstractmethod
     def Tokenize(
