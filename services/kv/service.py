@@ -46,6 +46,8 @@ MAX_BLOCK_BYTES = 32 << 20
 MAX_PARTS = 1 << 20  # of one Put
 MAX_PART_BYTES = 32 << 20  # fits a gRPC message with room to spare
 MESSAGE_BYTES = 1 << 20  # of small parts together
+# Copied or hashed in one go; then others get their turn.
+TURN_BYTES = 1 << 20
 MAX_TTL_MS = 600_000
 MAX_HOLDER_CHARACTERS = 200
 MAX_FORMAT_CHARACTERS = 200
@@ -129,15 +131,17 @@ class KvService:
         Raises InvalidArgument (also reason SIZE_MISMATCH), FailedPrecondition (reasons LEASE_EXPIRED, NOT_SEALABLE,
         NO_SESSION), DataLoss (reason CHECKSUM_MISMATCH).
         """
-        sealed = received = 0
+        sealed = received = handled = 0
         async for request in requests:
             received += len(request.parts)
             if received > MAX_PARTS:
                 raise InvalidArgument(f"more than {MAX_PARTS} parts in one call", help="make the parts larger")
             for part in request.parts:
-                sealed += self._take(part)
-                if part.checksum or part.HasField("staged"):
-                    await asyncio.sleep(0)  # bytes were copied or hashed: others get their turn
+                handled += self._take(part)
+                sealed += bool(part.checksum)
+                if handled >= TURN_BYTES:
+                    await asyncio.sleep(0)
+                    handled = 0
         return PutResponse(sealed=sealed)
 
     async def Get(self, request: GetRequest, call: Call) -> AsyncIterator[GetResponse]:
@@ -216,16 +220,18 @@ class KvService:
             runs=[Run(offset=offset, length=length) for offset, length in runs], checksum=block.checksum
         )
 
-    def _take(self, part: PutPart) -> bool:
-        """Whether that sealed the block."""
+    def _take(self, part: PutPart) -> int:
+        """How many bytes were copied or hashed for it."""
         _key(part.key)
+        handled = 0
         data = self._staged(part.staged) if part.HasField("staged") else part.data
         if data:
             self._store.write(part.key, part.lease, part.offset, data)
+            handled += len(data)
         if part.checksum:
             _checksum(part.checksum)
-            self._store.seal(part.key, part.lease, part.checksum)
-        return bool(part.checksum)
+            handled += self._store.seal(part.key, part.lease, part.checksum).size
+        return handled
 
     def _staged(self, staged: Staged) -> memoryview:
         session = self._memory.session(staged.session) if self._memory is not None else None

@@ -192,16 +192,16 @@ class BlockStore:
             raise InvalidArgument(text, reason="SIZE_MISMATCH", key=key.hex()) from error
         self.arena.write(block.slot, start, data)
 
-    def seal(self, key: bytes, lease: int, checksum: bytes) -> None:
-        """The block is all there. One whose bytes are not what was sent is given up at once.
+    def seal(self, key: bytes, lease: int, checksum: bytes) -> Block:
+        """The block, which is all there. One whose bytes are not what was sent is given up at once.
 
         Raises:
             FailedPrecondition: reason LEASE_EXPIRED, or NOT_SEALABLE: bytes or the block before it are missing.
             DataLoss: reason CHECKSUM_MISMATCH.
         """
         try:
-            slot = self.cache.sealable(key, lease, now=self._clock()).slot
-            if self.arena.checksum(slot) != checksum:
+            block = self.cache.sealable(key, lease, now=self._clock())
+            if self.arena.checksum(block.slot) != checksum:
                 self.release([lease])
                 text = f"the bytes of block {key.hex()} do not have the checksum that came with them"
                 raise DataLoss(text, reason="CHECKSUM_MISMATCH", help="send the block again", key=key.hex())
@@ -215,6 +215,7 @@ class BlockStore:
         self.counts.sealed += 1
         if self._mover is not None:
             self._mover.sealed(key)
+        return block
 
     # Giving back
 

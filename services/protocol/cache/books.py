@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -89,7 +89,7 @@ class Books:
     def _victims(self, tier: Tier, missing: int, parent: bytes, now: float) -> list[Block] | None:
         """Blocks whose copies have at least ``missing`` bytes, in the order to evict; None when there are too few."""
         victims: list[Block] = []
-        copies_gone, children_gone = Counter[bytes](), Counter[bytes]()
+        copies_gone, children_gone = defaultdict[bytes, int](int), defaultdict[bytes, int](int)
         gone: set[int] = set()
         kept: list[Block] = []
         while missing > 0 and (entry := self._orders[tier].pop()) is not None:
