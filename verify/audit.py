@@ -24,7 +24,7 @@ from countersign.verify.trust import Trusted, TrustPolicy, TrustRules
 
 if TYPE_CHECKING:
     from countersign.verify.activations import Challenge
-    from countersign.verify.difr import Reference
+    from countersign.verify.difr import Reference, TokenScore
 
 Level = Literal["form", "count", "tokens", "activations"]
 Outcome = Literal["pass", "fail", "inconclusive"]
@@ -54,11 +54,14 @@ class LevelReport:
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """The verdict is the worst of the levels. ``receipt`` is what was read, if it could be read."""
+    """The verdict is the worst of the levels. ``receipt`` is what was read, if it could be read; ``scores`` what the
+    reference says of each output token, if it was asked.
+    """
 
     verdict: Outcome
     levels: tuple[LevelReport, ...]
     receipt: SignedReceipt | None = None
+    scores: tuple[TokenScore, ...] = ()
 
 
 def audit(
@@ -89,7 +92,7 @@ def audit(
         if reports[-1].outcome == "fail":
             break
     verdict = max((report.outcome for report in reports), key=_SEVERITY.index)
-    return AuditReport(verdict, tuple(reports), auditor.signed)
+    return AuditReport(verdict, tuple(reports), auditor.signed, auditor.scores)
 
 
 def _outcome_of(level: Level, auditor: _Audit) -> LevelReport:
@@ -133,6 +136,7 @@ class _Audit:
         self._challenge = challenge
         self._openings: Openings | None = None
         self.signed: SignedReceipt | None = None
+        self.scores: tuple[TokenScore, ...] = ()
 
     def form(self) -> LevelReport:
         self.signed = parse(self._data)
@@ -184,6 +188,7 @@ class _Audit:
         from countersign.verify.difr import audit_tokens  # torch takes seconds to import; only here it is needed
 
         report = audit_tokens(reference, receipt, openings)
+        self.scores = report.scores
         if report.failures:
             return LevelReport("tokens", "fail", "; ".join(report.failures), report.figures)
         notes = "".join(f"; not checked: {note}" for note in report.unchecked)

@@ -14,12 +14,17 @@ import typer
 from typer.testing import CliRunner, Result
 
 from countersign.cli.audit import audit, show
+from countersign.verify import merkle
+from countersign.verify.cose_receipt import prove_inclusion
 from countersign.verify.difr import load_reference
 from countersign.verify.keys import write_public
-from countersign.verify.receipt import MAX_RECEIPT_BYTES, sign, strip
+from countersign.verify.log.checkpoint import Checkpoint, KeyKind, NoteKey, cosign
+from countersign.verify.log.checkpoint import sign as sign_checkpoint
+from countersign.verify.receipt import MAX_RECEIPT_BYTES, attach_proofs, sign, strip
 from countersign.verify.testing import Asked, example_receipt, generate, model_of, signing_key, write_tiny_model
 
 PROMPT = tuple(range(60, 70))
+LOG, WITNESS = signing_key(7), signing_key(8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,3 +202,54 @@ def test_show_can_print_the_last_time_that_a_receipt_may_hold(tmp_path: Path) ->
     late = dataclasses.replace(receipt, usage=dataclasses.replace(receipt.usage, finished_unix_ms=253_402_300_799_999))
     (tmp_path / "late").write_bytes(sign(late, openings, signing_key()))
     assert "9999-12-31T23:59:59.999" in run("show", tmp_path / "late").output
+
+
+def logged(case: Case, tmp_path: Path) -> Path:
+    """The honest receipt with a proof that it is leaf 1 of 2, and the checkpoint, which one witness has cosigned."""
+    data = case.honest.read_bytes()
+    leaves = [merkle.leaf_hash(b"another"), merkle.leaf_hash(strip(data))]
+    root = merkle.root(leaves)
+    note = cosign(sign_checkpoint(Checkpoint("log.test", 2, root), LOG), WITNESS, "witness.test", time=1_750_000_000)
+    path = tmp_path / "logged"
+    path.write_bytes(attach_proofs(data, [prove_inclusion(root, 2, 1, leaves[:1], LOG)], note))
+    return path
+
+
+def test_a_log_that_is_named_must_hold_the_receipt(case: Case, tmp_path: Path) -> None:
+    log = NoteKey("log.test", LOG.public_key()).encode()
+    result = check(case, logged(case, tmp_path), "--level", "form", "--log-key", log)
+    assert result.exit_code == 0, result.output
+    assert "entry 1 of 2 of log.test" in result.output
+    assert check(case, case.honest, "--level", "form", "--log-key", log).exit_code == 2
+    stranger = NoteKey("log.test", WITNESS.public_key()).encode()
+    assert check(case, logged(case, tmp_path), "--level", "form", "--log-key", stranger).exit_code == 2
+
+
+def test_a_quorum_of_witnesses_can_be_asked_for(case: Case, tmp_path: Path) -> None:
+    log, witness = (
+        NoteKey("log.test", LOG.public_key()).encode(),
+        NoteKey("witness.test", WITNESS.public_key(), KeyKind.WITNESS).encode(),
+    )
+    other = NoteKey("other.test", signing_key(9).public_key(), KeyKind.WITNESS).encode()
+    words = ["--level", "form", "--log-key", log, "--witness-key", witness]
+    result = check(case, logged(case, tmp_path), *words, "--quorum", 1)
+    assert result.exit_code == 0, result.output
+    assert "seen by 1 witness" in result.output
+    result = check(case, logged(case, tmp_path), *words, "--witness-key", other, "--quorum", 2)
+    assert result.exit_code == 2
+    assert "fewer witnesses" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--log-key", "nonsense"], "not a note key"),
+        (["--witness-key", "LOG"], "the key of a log, not of a witness"),
+        (["--quorum", "1"], "name them with --witness-key"),
+    ],
+)
+def test_a_log_or_witness_key_that_is_none_is_told(case: Case, words: list[str], told: str) -> None:
+    log = NoteKey("log.test", LOG.public_key()).encode()
+    result = check(case, case.honest, *(log if word == "LOG" else word for word in words))
+    assert result.exit_code == 2
+    assert told in result.stderr

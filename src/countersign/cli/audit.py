@@ -6,10 +6,10 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,20 +20,20 @@ from countersign.services.runtime.errors import CountersignError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from rich.console import Console
 
+    from countersign.services.engine.text import Tokenizer
     from countersign.services.runtime.config import Config
     from countersign.verify.activations import Challenge
     from countersign.verify.audit import AuditReport, Dtype
     from countersign.verify.difr import Reference
     from countersign.verify.receipt import SignedReceipt
+    from countersign.verify.trust import TrustPolicy
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+UNWRAPPED = 10_000
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 2}
 _STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 _WORDS = {"pass": "PASS", "fail": "FAIL", "inconclusive": "NOT CHECKABLE"}
-_LEVEL_WIDTH = 12
-_LABEL_WIDTH = _LEVEL_WIDTH + max(map(len, _WORDS.values()))
 
 
 class LevelName(StrEnum):
@@ -72,7 +72,19 @@ def audit(
     router: Annotated[
         str, typer.Option(help="Address of the router to ask.", metavar="HOST:PORT", envvar=ROUTER_VARIABLE)
     ] = "",
+    log_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Log that the receipt must be in (name+hash+base64). Repeatable.", metavar="KEY"),
+    ] = None,
+    witness_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Witness to trust (name+hash+base64). Repeatable.", metavar="KEY"),
+    ] = None,
+    quorum: Annotated[int, typer.Option(min=0, help="Witnesses that must have cosigned the log's checkpoint.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with the levels and every token's score.", metavar="FILE")
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Data folder of the stack that signed (.countersign).", metavar="FOLDER")
     ] = None,
@@ -82,7 +94,12 @@ def audit(
         data = _read(receipt)
         asked = LevelName.ACTIVATIONS in (level or ())
         challenge = _challenge(data, positions, router, data_dir) if asked else None
-        report = _report(data, challenge, key, model, level, data_dir)
+        config = _config(data_dir)
+        policy = _policy(_trusted_keys(key, config), log_key or (), witness_key or (), quorum)
+        references = _References(model or config.auditor.model)
+        report = _report(data, challenge, policy, references, level)
+        if html is not None:
+            _write_page(html, receipt.name, report, references)
     except _Unreadable as error:
         if json_:
             print(json.dumps({"verdict": "inconclusive", "levels": [], "error": str(error)}))
@@ -153,27 +170,79 @@ def _challenge(data: bytes, count: int, router: str, data_dir: Path | None) -> C
 def _report(
     data: bytes,
     challenge: Challenge | None,
-    key: list[Path] | None,
-    model: Path | None,
+    policy: TrustPolicy,
+    references: _References,
     level: Sequence[LevelName] | None,
-    data_dir: Path | None,
 ) -> AuditReport:
     from countersign.verify.audit import audit
 
-    config = _config(data_dir)
     return audit(
         data,
-        trusted_keys=_trusted_keys(key, config),
-        reference=partial(_load_reference, model or config.auditor.model),
+        policy=policy,
+        reference=references.load,
         levels=[name.value for name in level or ()],
         challenge=challenge,
     )
 
 
-def _load_reference(folder: Path, dtype: Dtype) -> Reference:
-    from countersign.verify.difr import load_reference  # torch takes seconds to import; only the tokens level needs it
+class _References:
+    """Loads the reference model at most once, for the audit and for the texts of its page."""
 
-    return load_reference(folder, dtype)
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._loaded: Reference | None = None
+
+    def load(self, dtype: Dtype) -> Reference:
+        from countersign.verify.difr import load_reference  # torch takes seconds to import; few levels need it
+
+        if self._loaded is None:
+            self._loaded = load_reference(self._folder, dtype)
+        return self._loaded
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the model, if the audit has loaded one."""
+        return None if self._loaded is None else self._loaded.tokenizer
+
+
+def _policy(
+    keys: Sequence[Ed25519PublicKey], log_keys: Sequence[str], witness_keys: Sequence[str], quorum: int
+) -> TrustPolicy:
+    from countersign.verify.errors import VerificationError
+    from countersign.verify.log.checkpoint import KeyKind, NoteKey
+    from countersign.verify.trust import TrustPolicy
+
+    found: dict[KeyKind, list[NoteKey]] = {KeyKind.LOG: [], KeyKind.WITNESS: []}
+    for kind, texts in ((KeyKind.LOG, log_keys), (KeyKind.WITNESS, witness_keys)):
+        for text in texts:
+            try:
+                note_key = NoteKey.parse(text)
+            except VerificationError as error:
+                raise _Unreadable(str(error)) from error
+            if note_key.kind != kind:
+                raise _Unreadable(f"{text} is the key of a {note_key.kind.name.lower()}, not of a {kind.name.lower()}")
+            found[kind].append(note_key)
+    if quorum > len(found[KeyKind.WITNESS]):
+        raise _Unreadable(f"a quorum of {quorum} takes as many witnesses: name them with --witness-key")
+    return TrustPolicy(
+        receipt_keys=tuple(keys),
+        logs=tuple(found[KeyKind.LOG]),
+        witnesses=tuple(found[KeyKind.WITNESS]),
+        quorum=quorum,
+        logged=bool(log_keys),
+        now_unix_ms=time.time_ns() // 1_000_000,
+    )
+
+
+def _write_page(file: Path, name: str, report: AuditReport, references: _References) -> None:
+    from countersign.cli.page import answer_of, page
+    from countersign.files import write_atomically
+
+    content = page(report, answer_of(report, references.tokenizer), name)
+    try:
+        write_atomically(file, content.encode(errors="replace"))
+    except OSError as error:
+        raise _Unreadable(f"{file} cannot be written: {error.strerror}") from error
 
 
 def _config(data_dir: Path | None) -> Config:
@@ -210,8 +279,12 @@ def _read(path: Path) -> bytes:
 
 def _print_report(path: Path, report: AuditReport) -> None:
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = UNWRAPPED  # a line for each level, for whoever reads it with a program
     if report.receipt is None:
         console.print(str(path), markup=False, soft_wrap=True)
     else:
@@ -222,9 +295,12 @@ def _print_report(path: Path, report: AuditReport) -> None:
             f"{request.prompt_tokens} prompt tokens, {output.tokens} output tokens, ended by {output.finish_reason}"
         )
         console.print(f"{what}, {counts}", markup=False, soft_wrap=True)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     for level in report.levels:
-        _line(console, level.level, level.summary, level.outcome)
-    _line(console, _WORDS[report.verdict], _conclusion(report), report.verdict, bold=True)
+        table.add_row(level.level, Text(_WORDS[level.outcome], _STYLES[level.outcome]), Text(level.summary))
+    console.print(table)
+    verdict = Text(_WORDS[report.verdict], f"bold {_STYLES[report.verdict]}")
+    console.print(verdict, Text(_conclusion(report)), soft_wrap=True)
 
 
 def _conclusion(report: AuditReport) -> str:
@@ -242,14 +318,6 @@ def _conclusion(report: AuditReport) -> str:
     if not any(level.level in ("tokens", "activations") for level in report.levels):
         return f"the receipt holds as far as it was checked ({checked})."
     return "the answer is what the reference weights give for the signed request."
-
-
-def _line(console: Console, label: str, text: str, outcome: str = "", *, bold: bool = False) -> None:
-    from rich.text import Text
-
-    style = " ".join(("bold" if bold else "", _STYLES.get(outcome, ""))).strip()
-    word = label if bold or not outcome else f"{label:<{_LEVEL_WIDTH}}{_WORDS[outcome]}"
-    console.print(Text(f"{word:<{_LABEL_WIDTH}} ", style=style), Text(text), sep="", soft_wrap=True)
 
 
 def _claims(signed: SignedReceipt) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
+from countersign.cli.printable import PICTURES
 from countersign.client import Finished, Token, TokenSource
 
 PROMPT = Style(dim=True)
@@ -19,10 +20,6 @@ SOURCES = {
     TokenSource.TARGET: Style(color="yellow"),
     TokenSource.UNKNOWN: Style.null(),
 }
-
-# What a model writes must not steer the reader's terminal: control characters but tab and newline become pictures.
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
-_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 class AnswerPrinter:
@@ -66,7 +63,7 @@ class AnswerPrinter:
     def _write(self, console: Console, text: str, style: Style) -> None:
         if not text:
             return
-        shown = text.translate(_PICTURES) if console.is_terminal else text
+        shown = text.translate(PICTURES) if console.is_terminal else text
         # Segments pass through as they are: no markup, no wrapping, no tabs made into spaces.
         segment = Segment(shown, style if _coloured(console) else None)
         console.print(Segments([segment]), soft_wrap=True, end="")
