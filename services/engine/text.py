@@ -91,6 +91,10 @@ class Tokenizer:
         """The text of a whole sequence."""
         return "".join(self.decode_pieces((), token_ids, final=True))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Token ids by the tokens' own spelling, in which a space may be another character."""
+        return self._tokenizer.get_vocab(with_added_tokens=False)
+
     def canonical(self, token_ids: Sequence[int]) -> list[int]:
         """What ``encode`` gives for their text, special tokens written out: the same ids if they are canonical."""
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)

@@ -61,9 +61,9 @@ class Challenge:
 def draw(signed: SignedReceipt, beacon: bytes, demand: Demand) -> Challenge:
     """What the provider has to open, once ``beacon`` is known (see ``sampling``); the same for everybody.
 
-    Blocks lie within one hidden segment each, whose last block may be shorter. An output's last leaf is always opened
-    (where it is visible the client has it): paths of the others fit trees of several sizes. Nothing here grows with the
-    number of tokens that the receipt claims.
+    Blocks lie within one hidden segment each, whose last block may be shorter. The output's last leaf is always
+    opened, hidden or not: it pins the size, as paths of early leaves fit trees of several sizes. Nothing here grows
+    with the number of tokens that the receipt claims.
 
     Raises:
         ValueError: the beacon has not 32 bytes.
@@ -75,7 +75,7 @@ def draw(signed: SignedReceipt, beacon: bytes, demand: Demand) -> Challenge:
     count = sum(-(-(stop - start) // size) for start, stop in hidden)
     blocks = tuple(_picked(hidden, sampling.positions("blocks", beacon, signed.digest, count, demand.blocks), size))
     context = [(start, min(stop, blocks[-1][1])) for start, stop in hidden] if demand.context and blocks else []
-    last = [(stop - 1, stop) for _, stop in hidden if stop == output.tokens]
+    last = [(output.tokens - 1, output.tokens)] if output.tokens else []
     opened = [*blocks, *(run for run in context if run[0] < run[1]), *((leaf, leaf + 1) for leaf in leaves), *last]
     return Challenge(leaves, blocks, tuple(multiproof.union(opened)))
 
