@@ -1,19 +1,22 @@
 """The audit of one receipt, level by level.
 
-    form     signed by a trusted key, logged, and not nonsense        TrustRules.form
-    count    the disclosed answer is the one signed and billed        ReceiptVerifier.count
-    tokens   each token is what the reference weights sample          difr
-    activations  what it was sampled from is what they give           activations
+    form           signed by a trusted key, logged, and not nonsense        TrustRules.form
+    count          the disclosed answer is the one signed and billed        ReceiptVerifier.count
+    tokens         each token is what the reference weights sample          difr
+    activations    what it was sampled from is what they give               activations
+    meaning        hidden tokens read like reasoning for the answer         coin.level
 
 A level stands on others, so asking for one runs these too. A level that fails ends the audit. One that cannot be
 checked does not: what comes after it is still worth knowing, but the verdict is then inconclusive at best. The
-activations need an answer of the provider's to a challenge, and are checked where there is one.
+activations need an answer of the provider's to a challenge, and are checked where there is one. The meaning is triage
+for answers whose tokens could not be checked: it never fails, and where the tokens have passed its doubts do not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from countersign.verify.activations import Challenge
     from countersign.verify.difr import Reference, TokenScore
 
-Level = Literal["form", "count", "tokens", "activations"]
+Level = Literal["form", "count", "tokens", "activations", "meaning"]
 Outcome = Literal["pass", "fail", "inconclusive"]
 Dtype = Literal["fp32", "bf16"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -35,6 +38,7 @@ _STANDS_ON: Mapping[Level, tuple[Level, ...]] = {
     "count": ("form",),
     "tokens": ("form", "count"),
     "activations": ("form", "count"),
+    "meaning": ("form", "count"),
 }
 
 _OPEN_HIDDEN = "only an auditor to whom the provider opens the hidden tokens can count and check them"
@@ -81,18 +85,28 @@ def audit(
         policy: In place of ``trusted_keys`` where logs, witnesses or clocks count too.
         reference: Gives the reference model in the dtype that the receipt declares; called only for tokens and
             activations. May raise NotCheckable.
-        levels: The levels asked for; those that they stand on run too. None: all for which everything is given.
+        levels: The levels asked for; those that they stand on run too. None: all for which everything is given, meaning
+            only where tokens are hidden.
         challenge: The positions that were drawn once the receipt was there, and the provider's fingerprints of them.
     """
+    everything = not levels
     levels = levels or [level for level in LEVELS if challenge is not None or level != "activations"]
     auditor = _Audit(data, policy or TrustPolicy(tuple(trusted_keys)), reference, challenge)
     reports: list[LevelReport] = []
     for level in (one for one in LEVELS if any(one in (asked, *_STANDS_ON[asked]) for asked in levels)):
+        if level == "meaning" and everything and not auditor.hides:
+            continue
         reports.append(_outcome_of(level, auditor))
         if reports[-1].outcome == "fail":
             break
-    verdict = max((report.outcome for report in reports), key=_SEVERITY.index)
-    return AuditReport(verdict, tuple(reports), auditor.signed, auditor.scores)
+    return AuditReport(_verdict(reports), tuple(reports), auditor.signed, auditor.scores)
+
+
+def _verdict(reports: Sequence[LevelReport]) -> Outcome:
+    """The worst of the levels. What the tokens level has passed is the model's own, whatever it means."""
+    settled = any(report.level == "tokens" and report.outcome == "pass" for report in reports)
+    deciding = [report.outcome for report in reports if report.level != "meaning" or not settled]
+    return max(deciding, key=_SEVERITY.index)
 
 
 def _outcome_of(level: Level, auditor: _Audit) -> LevelReport:
@@ -101,6 +115,7 @@ def _outcome_of(level: Level, auditor: _Audit) -> LevelReport:
         "count": auditor.count,
         "tokens": auditor.tokens,
         "activations": auditor.activations,
+        "meaning": auditor.meaning,
     }
     try:
         return run[level]()
@@ -163,6 +178,17 @@ class _Audit:
 
     def _material(self) -> tuple[Receipt, Openings, Reference]:
         """What a comparison with the reference model takes. Raises NotCheckable when something is missing."""
+        receipt, openings, reference = self._opened()
+        policy = receipt.evidence.kv_policy
+        if policy != "exact":
+            raise NotCheckable(
+                f"the receipt says that KV may have been stored as {policy}, so the reference may choose other tokens",
+                help="ask for answers of a target with target.kv_wire=exact where tokens are to be audited",
+            )
+        return receipt, openings, reference()
+
+    def _opened(self) -> tuple[Receipt, Openings, Callable[[], Reference]]:
+        """The opened answer, and what loads the reference for it. Raises NotCheckable when one is missing."""
         if self.signed is None or self._openings is None:
             hidden = self.signed is not None and self.signed.openings is not None
             raise NotCheckable(
@@ -175,13 +201,7 @@ class _Audit:
             raise NotCheckable(
                 "no reference model to compare with", help="name the folder of its weights (--model FOLDER)"
             )
-        policy = self.signed.receipt.evidence.kv_policy
-        if policy != "exact":
-            raise NotCheckable(
-                f"the receipt says that KV may have been stored as {policy}, so the reference may choose other tokens",
-                help="ask for answers of a target with target.kv_wire=exact where tokens are to be audited",
-            )
-        return self.signed.receipt, self._openings, self._reference(self.signed.receipt.model.dtype)
+        return self.signed.receipt, self._openings, partial(self._reference, self.signed.receipt.model.dtype)
 
     def tokens(self) -> LevelReport:
         receipt, openings, reference = self._material()
@@ -222,6 +242,23 @@ class _Audit:
             f"{figures['max_distance']:.2g}, limit {figures['tolerance']:.2g} ({report.source})"
         )
         return LevelReport("activations", "pass", praise, figures)
+
+    @property
+    def hides(self) -> bool:
+        """There are hidden tokens, as far as was read."""
+        return self.signed is not None and self.signed.receipt.output.hidden > 0
+
+    def meaning(self) -> LevelReport:
+        if not self.hides:
+            return LevelReport("meaning", "pass", "no token is hidden")
+        receipt, openings, reference = self._opened()
+        from countersign.verify.coin.level import audit_meaning
+
+        report = audit_meaning(reference(), receipt, openings)
+        if report.doubts:
+            return LevelReport("meaning", "inconclusive", "; ".join(report.doubts), report.figures, "look closer")
+        praise = f"the {receipt.output.hidden} hidden tokens read like reasoning for this answer"
+        return LevelReport("meaning", "pass", praise, report.figures)
 
 
 def _partly_counted(receipt: Receipt) -> LevelReport:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model, Span
@@ -36,16 +38,26 @@ def continued(model: Model, asks: Sequence[Ask], count: int) -> list[list[int]]:
 
 
 def prolonged(model: Model, thought: Thought, hidden: int, sampling: Sampling) -> Thought:
-    """The thought where the model must not say what it said after it: its second choice, and all that then follows."""
+    """The thought where the model must not say what it said after it: its second choice, and all that then follows.
+
+    Where top-k and top-p leave no second choice, it is the best of those that they put out.
+    """
     start = [*thought.prompt, *thought.hidden]
-    (rows,) = list(teacher_forced(model, start, 1))
-    ids, scores = perturbed(rows[0], len(start), sampling)
-    order = ids[(-scores).argsort()]
-    forced = [int(token) for token in order[:2] if int(token) != thought.visible[0]][:1] or [int(order[0])]
+    (rows,) = teacher_forced(model, start, 1)
+    forced = [_other_than(thought.visible[0], rows[0], len(start), sampling)]
     more = hidden + len(thought.visible) - len(thought.hidden) - 1
     (rest,) = continued(model, [Ask([*start, *forced], sampling)], more)
     tokens = (*thought.hidden, *forced, *rest)
     return Thought(thought.prompt, tokens[:hidden], tokens[hidden:])
+
+
+def _other_than(token: int, row: Tensor, position: int, sampling: Sampling) -> int:
+    for rule in (sampling, replace(sampling, top_k=0, top_p=1.0)):
+        ids, scores = perturbed(row, position, rule)
+        others = [int(other) for other in ids[(-scores).argsort()][:2] if other != token]
+        if others:
+            return others[0]
+    raise ValueError("the vocabulary has one token only")
 
 
 def _batch(model: Model, asks: Sequence[Ask], count: int) -> list[list[int]]:

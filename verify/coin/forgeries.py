@@ -44,7 +44,7 @@ class Forgery:
         return LeafOpenings(
             tuple(self.token_ids[position] for position in positions),
             tuple(self.salts[position] for position in positions),
-            tuple(multiproof.hashes([*self.leaves, *self.leaves[-1:] * beyond], challenge.runs)),
+            tuple(multiproof.hashes([*self.leaves, *[self.leaves[-1]] * beyond], challenge.runs)),
         )
 
 

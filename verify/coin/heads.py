@@ -89,7 +89,12 @@ class Judge:
         with torch.inference_mode():
             scores = self._heads.tokens_to_block(*pairs[:2]) + self._heads.block_to_answer(*pairs[1:])
         mean = float(scores.mean())
-        return Meaning(mean, tuple(scores.tolist()), mean < float(self._heads.limit))
+        return Meaning(mean, tuple(scores.tolist()), mean < self.limit)
+
+    @property
+    def limit(self) -> float:
+        """Below it an answer is worth a closer look."""
+        return float(self._heads.limit)
 
     def embedded(
         self, blocks: Sequence[Sequence[int]], answer: Sequence[int], random: Random

@@ -41,6 +41,7 @@ class LevelName(StrEnum):
     COUNT = "count"
     TOKENS = "tokens"
     ACTIVATIONS = "activations"
+    MEANING = "meaning"
 
 
 class _Unreadable(Exception):

@@ -35,6 +35,10 @@ class _AuditLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditLevel
     """Every token is what the reference weights sample (Token-DiFR)."""
     AUDIT_LEVEL_ACTIVATIONS: _AuditLevel.ValueType  # 4
     """What the tokens were sampled from is what the reference weights give (Activation-DiFR)."""
+    AUDIT_LEVEL_MEANING: _AuditLevel.ValueType  # 5
+    """Whether hidden tokens read like reasoning for the answer, and are spelled as the tokenizer would (CoIn). Triage: it
+    never fails.
+    """
 
 class AuditLevel(_AuditLevel, metaclass=_AuditLevelEnumTypeWrapper):
     """What to check."""
@@ -49,6 +53,10 @@ AUDIT_LEVEL_TOKENS: AuditLevel.ValueType  # 3
 """Every token is what the reference weights sample (Token-DiFR)."""
 AUDIT_LEVEL_ACTIVATIONS: AuditLevel.ValueType  # 4
 """What the tokens were sampled from is what the reference weights give (Activation-DiFR)."""
+AUDIT_LEVEL_MEANING: AuditLevel.ValueType  # 5
+"""Whether hidden tokens read like reasoning for the answer, and are spelled as the tokenizer would (CoIn). Triage: it
+never fails.
+"""
 Global___AuditLevel: _TypeAlias = AuditLevel  # noqa: Y015
 
 class _AuditOutcome:
