@@ -9,11 +9,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cbor2
 
-from countersign.verify import cose_receipt, envelope, merkle, payload, statement
+from countersign.verify import cose_receipt, envelope, fingerprints, merkle, payload, statement
 from countersign.verify.coin import challenge
 from countersign.verify.errors import VerificationError
 from countersign.verify.log import checkpoint as notes
@@ -44,6 +44,15 @@ RULES = TrustRules(
 CONTENT_TYPE = "application/vnd.countersign.fuzz+cbor"
 
 RECEIPT, OPENINGS = example_receipt(range(40), range(100, 124), stop=["\n\n"], stop_token_ids=[7])
+FINGERPRINTS = [bytes([index] * 16) for index in range(24)]
+COMMITTED = replace(
+    RECEIPT,
+    evidence=replace(
+        RECEIPT.evidence,
+        activations=fingerprints.commit(RECEIPT.request_id, FINGERPRINTS, OPENINGS.salt_key),
+    ),
+)
+POSITIONS = (3, 4, 20)
 SIGNED = sign(RECEIPT, OPENINGS, TARGET)
 LEAVES = [*(merkle.leaf_hash(b"entry %d" % index) for index in range(300)), merkle.leaf_hash(strip(SIGNED))]
 ROOT = merkle.root(LEAVES)
@@ -128,6 +137,12 @@ def _leaves(data: bytes) -> None:
     challenge.decode(data)
 
 
+def _fingerprints(data: bytes) -> None:
+    """An answer to a challenge for activations."""
+    opened = fingerprints.decode(data)
+    fingerprints.check(COMMITTED, opened, POSITIONS)
+
+
 def _carrying() -> bytes:
     size = len(LEAVES)
     proof = cose_receipt.prove_inclusion(ROOT, size, size - 1, merkle.inclusion_path(LEAVES, size - 1), LOG)
@@ -148,6 +163,11 @@ def _proofs() -> tuple[bytes, ...]:
     )
 
 
+def _answer() -> bytes:
+    opened = fingerprints.open_positions(RECEIPT.request_id, FINGERPRINTS, OPENINGS.salt_key, POSITIONS)
+    return fingerprints.encode(opened)
+
+
 def _targets() -> dict[str, Target]:
     partly = withhold(OPENINGS, RECEIPT.request_id, [(0, 5), (9, 20)])
     size = len(LEAVES)
@@ -160,7 +180,7 @@ def _targets() -> dict[str, Target]:
     opened = [{-70600: to_cbor(OPENINGS)}, {-70600: partial_to_cbor(partly)}, {394: list(cose)}, unprotected, {}]
     return {
         "receipt": Target(_receipt, (SIGNED, strip(SIGNED), _carrying())),
-        "payload": Target(_payload, (payload.encode(RECEIPT),)),
+        "payload": Target(_payload, (payload.encode(RECEIPT), payload.encode(COMMITTED))),
         "unsigned": Target(_unsigned, tuple(cbor2.dumps(part, canonical=True) for part in opened)),
         "note": Target(_note, (_cosigned(), LOG_KEY.encode().encode())),
         "checkpoint": Target(_checkpoint, (Checkpoint(ORIGIN, size, ROOT, ("extension",)).encode(),)),
@@ -176,6 +196,7 @@ def _targets() -> dict[str, Target]:
         "statement": Target(
             _statement, (statement.sign({"version": 1, "of": [1.5, "x", b"y"]}, CONTENT_TYPE, TARGET),)
         ),
+        "fingerprints": Target(_fingerprints, (_answer(),)),
         "leaves": Target(
             _leaves,
             (challenge.encode(open_leaves(RECEIPT.request_id, range(24), OPENINGS.salt_key, [(3, 9), (20, 21)])),),

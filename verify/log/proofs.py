@@ -14,7 +14,21 @@ from countersign.verify.errors import Malformed
 from countersign.verify.log.tiles import HEIGHT, MAX_LEAVES, WIDTH, Tile, split_entries, split_hashes, width_of
 
 KEPT_TILES = 256
-"""Tiles that a ``TileTree`` remembers: 2 MiB. A tile of some width never changes."""
+"""Tiles that a ``TileTree`` remembers with their inner nodes: 10 MB. A tile of some width never changes."""
+
+
+class Nodes:
+    """The hashes of one tile, and what they give above, computed when first asked for."""
+
+    def __init__(self, hashes: list[bytes]) -> None:
+        self._levels = [hashes]
+
+    def node(self, height: int, index: int) -> bytes:
+        """The root of the perfect subtree ``index`` of that height within the tile."""
+        while len(self._levels) <= height:
+            below = self._levels[-1]
+            self._levels.append([merkle.node_hash(*below[at : at + 2]) for at in range(0, len(below) - 1, 2)])
+        return self._levels[height][index]
 
 
 class TileTree:
@@ -26,7 +40,7 @@ class TileTree:
 
     def __init__(self, fetch: Callable[[Tile], bytes | None]) -> None:
         self._fetch = fetch
-        self._kept: OrderedDict[Tile, bytes] = OrderedDict()
+        self._kept: OrderedDict[Tile, Nodes] = OrderedDict()
 
     def root(self, size: int) -> bytes:
         """The root (32 bytes) over the first ``size`` leaves.
@@ -58,7 +72,7 @@ class TileTree:
         if not 0 <= index < size:
             raise IndexError(f"entry {index} of {size}")
         number, place = divmod(index, WIDTH)
-        tile, data = self._tile(Tile("entries", number, width_of(0, number, size)))
+        tile, data = self._fetched(Tile("entries", number, width_of(0, number, size)))
         return split_entries(data, tile.width)[place]
 
     def _range(self, begin: int, end: int, size: int) -> bytes:
@@ -70,26 +84,23 @@ class TileTree:
             raise Malformed("larger than any log", size=size)
         level, above = divmod(height, HEIGHT)
         number, place = divmod(index << above, WIDTH)
-        tile, data = self._tile(Tile(level, number, width_of(level, number, size)))
-        return merkle.root(split_hashes(data, tile.width)[place : place + (1 << above)])
+        return self._tile(Tile(level, number, width_of(level, number, size))).node(above, place >> above)
 
-    def _tile(self, tile: Tile) -> tuple[Tile, bytes]:
-        """The bytes of a tile, or of the full one where a partial one is gone."""
-        names = (tile,) if tile.width == WIDTH else (tile, tile.whole)
-        for wanted in reversed(names):
+    def _tile(self, tile: Tile) -> Nodes:
+        for wanted in (tile.whole, tile):
             if wanted in self._kept:
                 self._kept.move_to_end(wanted)
-                return wanted, self._kept[wanted]
-        for wanted in names:
-            data = self._fetch(wanted)
-            if data is not None:
-                self._keep(wanted, data)
-                return wanted, data
-        raise Malformed("a tile that the proof needs is missing", name=tile.path)
-
-    def _keep(self, tile: Tile, data: bytes) -> None:
-        if tile.level == "entries":
-            return  # up to 16 MiB each
-        self._kept[tile] = data
+                return self._kept[wanted]
+        found, data = self._fetched(tile)
+        nodes = self._kept[found] = Nodes(split_hashes(data, found.width))
         if len(self._kept) > KEPT_TILES:
             self._kept.popitem(last=False)
+        return nodes
+
+    def _fetched(self, tile: Tile) -> tuple[Tile, bytes]:
+        """The bytes of a tile, or of the full one where a partial one is gone."""
+        for wanted in dict.fromkeys((tile, tile.whole)):
+            data = self._fetch(wanted)
+            if data is not None:
+                return wanted, data
+        raise Malformed("a tile that the proof needs is missing", name=tile.path)
