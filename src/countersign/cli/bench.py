@@ -87,6 +87,11 @@ def load(name: str) -> Any:
     return module
 
 
+def call(name: str, function: str, *arguments: object) -> Any:
+    """Calls a function of a benchmark: what a process of its own can be given, where the module has no name."""
+    return getattr(load(name), function)(*arguments)
+
+
 def stamped(row: Row) -> dict[str, object]:
     """The row as it is kept: what it has, and where and when it was measured."""
     given = {key: value for key, value in dataclasses.asdict(row).items() if value is not None}
