@@ -140,11 +140,7 @@ def thresholds(dtype: Dtype) -> Thresholds:
 def scores(quick: bool) -> Mapping[tuple[str, str], Scores]:
     """By provider ("none" is honest) and reference; computed once for the same code, by two processes."""
     jobs = _jobs(quick)
-    sources = [
-        CHECKOUT / "services" / "target" / "faults.py",
-        CHECKOUT / "verify" / "difr" / "scores.py",
-        Path(__file__),
-    ]
+    sources = [CHECKOUT / "services" / "target" / "faults.py", CHECKOUT / "verify" / "difr" / "scores.py"]
     name = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr(jobs).encode()).hexdigest()[:16]
     file = CHECKOUT / "build" / f"audit-scores-{name}.npz"
     if not file.is_file():
