@@ -13,8 +13,8 @@ and what they lack is filled in from the folder (``intake``, ``notary``). Every 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,7 +162,10 @@ class Ledger:
             if engine.dialect.name == "sqlite":
                 event.listen(engine, "connect", _configure_sqlite)
             ledger = Ledger(engine)
-            ledger._prepare()
+            with contextlib.ExitStack() as on_failure:
+                on_failure.callback(ledger.close)
+                ledger._prepare()
+                on_failure.pop_all()
         except (SQLAlchemyError, ModuleNotFoundError, OSError) as error:
             raise FailedPrecondition(
                 f"the ledger {_shown(url)} cannot be used: {_first_line(error)}",
@@ -385,7 +388,7 @@ class Ledger:
                 help="run the release that wrote it, or name a fresh ledger: it is filled in from the log folder",
             )
 
-    @contextmanager
+    @contextlib.contextmanager
     def _transaction(self) -> Iterator[Connection]:
         try:
             with self._engine.begin() as db:
