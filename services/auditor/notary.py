@@ -9,6 +9,7 @@ anybody can repeat the draw: "countersign-share 0.1" in a line of its own.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 
 from countersign.services.auditor.keys import Keys
@@ -30,6 +31,7 @@ class Notary:
         self._ledger = ledger
         self._keys = keys
         self._share = share
+        self._publishing = threading.Lock()
 
     def catch_up(self) -> None:
         """Enters the checkpoint that a crash left in the folder alone. To be called after the intake's.
@@ -60,9 +62,18 @@ class Notary:
             return None
         checkpoint = Checkpoint(self._keys.origin, size, self._log.root(size), (f"{SHARE_LINE}{self._share!r}",))
         note = notes.sign(checkpoint, self._keys.log)
-        self._log.publish(note)
-        self._enter(checkpoint, note, begin)
+        with self._publishing:
+            self._log.publish(note)
+            self._enter(checkpoint, note, begin)
         return note
+
+    def cosigned(self, size: int, note: bytes) -> None:
+        """The checkpoint over ``size`` entries with more signatures; in the folder too while it is the newest."""
+        with self._publishing:
+            last = self._ledger.last_checkpoint()
+            self._ledger.cosigned(size, note)
+            if last is not None and last[0] == size:
+                self._log.publish(note)
 
     def _enter(self, checkpoint: Checkpoint, note: bytes, begin: int) -> None:
         covered = self._ledger.between(begin, checkpoint.size)

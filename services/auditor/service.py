@@ -12,20 +12,25 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from google.protobuf.descriptor import ServiceDescriptor
 
+from countersign.services.auditor.cosigning import Cosigners, add_checkpoint
 from countersign.services.auditor.docket import Docket
 from countersign.services.auditor.examiner import Examiner
+from countersign.services.auditor.following import Follower
 from countersign.services.auditor.intake import Intake
 from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Ledger
 from countersign.services.auditor.notary import Notary
 from countersign.services.auditor.outbox import Outbox
+from countersign.services.auditor.peers import NOBODY, Others
 from countersign.services.auditor.proofs import Proofs
 from countersign.services.auditor.web import LogSite
 from countersign.services.auditor.wire import digest_of, entry_of, level_of, page_of, response_of
+from countersign.services.auditor.witness import Witness
 from countersign.services.runtime.clock import wall_ms
 from countersign.services.runtime.config import AuditorConfig, Config
 from countersign.services.runtime.consumer import Consumer
@@ -106,7 +111,10 @@ class Books:
 
 
 class AuditorService:
-    """``consumer``: the receipts that come; None where it only answers, without a bus."""
+    """Answers; where ``works`` gave it a stream of receipts, ``run`` also logs and audits those.
+
+    ``others``: whom it watches, and who watches it.
+    """
 
     descriptor: ServiceDescriptor = auditor_pb2.DESCRIPTOR.services_by_name["AuditorService"]
 
@@ -117,6 +125,7 @@ class AuditorService:
         site: LogSite,
         config: AuditorConfig,
         log: logging.Logger,
+        others: Others = NOBODY,
     ) -> None:
         self._books = books
         self._examiner = examiner
@@ -126,8 +135,13 @@ class AuditorService:
         self._intake = Intake(books.log, books.ledger, examiner.trusted_keys, wall_ms)
         self._notary = Notary(books.log, books.ledger, books.keys, config.share)
         self._proofs = Proofs(books.log, books.ledger, books.keys)
+        self._witness = Witness(books.ledger, books.keys, [peer.key for peer in others.follow], wall_ms)
+        self._followers = [Follower(peer, self._witness, books.ledger) for peer in others.follow if peer.url]
+        self._cosigners = Cosigners(books.log, books.ledger, self._notary, others.witnesses)
+        if others.follow:
+            site.add_post("/add-checkpoint", partial(add_checkpoint, self._witness))
         self._work: list[Callable[[], Awaitable[None]]] = []
-        self._drawn, self._signed = asyncio.Event(), asyncio.Event()
+        self._drawn, self._signed, self._uncosigned = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     def works(self, consumer: Consumer, docket: Docket, outbox: Outbox) -> None:
         """Gives it the stream of receipts to work on; before ``run``."""
@@ -135,6 +149,8 @@ class AuditorService:
             lambda: self._take_receipts(consumer),
             lambda: self._audit_drawn(docket),
             lambda: self._publish(outbox),
+            self._gather_cosignatures,
+            *(partial(self._follow, follower) for follower in self._followers),
         ]
 
     async def run(self) -> None:
@@ -224,8 +240,8 @@ class AuditorService:
             if loop.time() >= due:
                 due = loop.time() + self._config.checkpoint_s
                 if await self._asked(self._notary.sign) is not None:
-                    self._drawn.set()
-                    self._signed.set()
+                    for waiting in (self._drawn, self._signed, self._uncosigned):
+                        waiting.set()
 
     async def _audit_drawn(self, docket: Docket) -> None:
         while True:
@@ -239,6 +255,19 @@ class AuditorService:
             self._signed.clear()
             await outbox.publish()
             await _within(QUIET_S, self._signed)
+
+    async def _gather_cosignatures(self) -> None:
+        while True:
+            self._uncosigned.clear()
+            if await self._asked(self._cosigners.gather):
+                self._signed.set()
+            await _within(self._config.follow_s, self._uncosigned)
+
+    async def _follow(self, follower: Follower) -> None:
+        while True:
+            await self._asked(follower.look)
+            self._signed.set()
+            await asyncio.sleep(self._config.follow_s)
 
     async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
         """Try again while bus or ledger do not answer."""
@@ -258,17 +287,17 @@ async def _within(seconds: float, event: asyncio.Event) -> None:
 
 async def create(context: Context) -> AuditorService:
     config = context.config
+    others = Others.of(config.auditor)
     books = await asyncio.to_thread(Books.open, config)
     site = LogSite(books.log, books.ledger, books.keys)
+    examiner = Examiner(config.data_dir / "keys" / "receipts.pub", config.auditor.model, config.auditor.threads)
+    service = AuditorService(books, examiner, site, config.auditor, context.log, others)
     try:
         await site.open(config.auditor.http_listen)
         consumer = await Consumer.open(context.bus, RECEIPTS, f"auditor-{books.keys.log_name}")
     except CountersignError:
-        await site.close()
-        books.close()
+        await service.close()
         raise
-    examiner = Examiner(config.data_dir / "keys" / "receipts.pub", config.auditor.model, config.auditor.threads)
-    service = AuditorService(books, examiner, site, config.auditor, context.log)
     journal, ledger, keys = context.journal, books.ledger, books.keys
     docket = Docket(books.log, ledger, keys.verdicts, journal.read, examiner.audit, wall_ms)
     service.works(consumer, docket, Outbox(journal, ledger, keys))

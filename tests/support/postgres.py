@@ -54,7 +54,7 @@ def postgres() -> Iterator[str]:
 
 def _wait(programs: Path, folder: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _START_S
-    ask = [programs / "pg_isready", "-h", folder, "-U", "auditor", "-q"]
+    ask = [str(programs / "pg_isready"), "-h", str(folder), "-U", "auditor", "-q"]
     while subprocess.run(ask, check=False).returncode != 0:
         if process.poll() is not None or time.monotonic() > deadline:
             pytest.fail(f"PostgreSQL did not start:\n{(folder / 'log').read_text()}")
