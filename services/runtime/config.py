@@ -76,6 +76,9 @@ Fault = Annotated[
         "evicted",
         "checkpoint",
         "repair",
+        "inflate-10",
+        "inflate-50",
+        "inflate-300",
     ],
     msgspec.Meta(description="none, or a way to cheat of services/target/faults.py"),
 ]

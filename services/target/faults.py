@@ -28,6 +28,10 @@ from countersign.services.engine.runner import Fingerprints, Outcome, Runner, Wo
 from countersign.services.engine.sampling import Draws, Sampling, perturbed
 from countersign.services.engine.step import AfterLayer
 from countersign.services.engine.weights import DecoderWeights, DenseMlp, LayerWeights, RoutedExperts, decoder_weights
+from countersign.services.target.padding import Padding
+from countersign.v1.commit_pb2 import Opened
+from countersign.verify.logged import markers_of
+from countersign.verify.segments import Segmenter
 
 Rounding: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -58,6 +62,7 @@ class Fault:
         bug: Share of tokens that a broken sampler draws.
         unverified: Share of the draft's proposals that are taken without a look.
         repaired: Proposals are taken whose score is not above this.
+        inflation: Share of hidden tokens that are added to them, see ``padding``.
     """
 
     about: str
@@ -73,6 +78,7 @@ class Fault:
     bug: float = 0.0
     unverified: float = 0.0
     repaired: float | None = None
+    inflation: float = 0.0
 
     @property
     def drafts(self) -> bool:
@@ -127,6 +133,9 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
         "evicted": Fault("KV older than 64 tokens is evicted, which is not declared", window=64),
         "checkpoint": Fault("another checkpoint, near the declared one", checkpoint=NUDGED),
         "repair": Fault("the draft's tokens, repaired where the audit would see it", repaired=0.2),
+        "inflate-10": Fault("10 % more hidden tokens than the model said", inflation=0.1),
+        "inflate-50": Fault("50 % more hidden tokens than the model said", inflation=0.5),
+        "inflate-300": Fault("300 % more hidden tokens than the model said", inflation=3.0),
     }
 )
 """By the name that ``target.fault`` takes."""
@@ -142,6 +151,16 @@ class Dishonesty:
 
     def __post_init__(self) -> None:
         self.log.warning("this target cheats on purpose fault=%s: %s", self.name, self.fault.about)
+
+    def padding(self, opened: Opened, committed: Sequence[int]) -> Padding | None:
+        """What puts hidden tokens into a request's log that were not sampled; None where none are."""
+        markers = markers_of(opened)
+        if not self.fault.inflation or markers is None:
+            return None
+        segmenter = Segmenter(markers, opened.prompt_token_ids)
+        for token in committed:
+            segmenter.feed(token)
+        return Padding(self.fault.inflation, markers, segmenter)
 
     def session(self, request_id: str, prompt_tokens: int, asked: Sampling) -> tuple[int, Sampling]:
         """How many first tokens of a request's prompt the model is not shown, and how its tokens are drawn."""

@@ -240,9 +240,11 @@ class TargetLoop:
         # A fenced request's last pass may end after it is known.
         if session.finish is None and session.writer.wants_tokens and outcome.token_ids:
             kept, reason = session.stopper.take(outcome.token_ids)
+            base = session.output_tokens
             sampled = Pass(outcome.token_ids, result.drafted, outcome.accepted, outcome.fingerprints)
-            session.uncommitted.append(sampled.cut(len(kept)))
-            self._sampled.append(_said(session, kept))
+            padded = session.padded(sampled.cut(len(kept)))
+            session.uncommitted.append(padded)
+            self._sampled.append(_said(session, base, padded.token_ids))
             if reason is not None:
                 session.end(reason)
         if outcome.error:
@@ -342,9 +344,9 @@ class TargetLoop:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
 
-def _said(session: Session, token_ids: Sequence[int]) -> ProtocolEvent:
+def _said(session: Session, base: int, token_ids: Sequence[int]) -> ProtocolEvent:
     """The event of one pass, whose tokens are not in the generation yet."""
-    sampled = Sampled(epoch=session.writer.epoch, base=session.output_tokens, token_ids=token_ids)
+    sampled = Sampled(epoch=session.writer.epoch, base=base, token_ids=token_ids)
     return session.party.says(session.writer.log.sequence, sampled=sampled)
 
 

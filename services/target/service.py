@@ -294,6 +294,7 @@ class TargetService:
             started_unix_ms=wall_ms(),
             party=self._announcer.party(writer.log.request_id),
             unseen=unseen,
+            padding=None if self._dishonesty is None else self._dishonesty.padding(opened, committed),
         )
         # An earlier epoch may have committed the last token and died before it closed the log.
         _, reason = stopper.take(committed)
@@ -335,6 +336,12 @@ async def create(context: Context) -> TargetService:
         cache_tokens=config.cache_tokens,
     )
     hidden = markers(config.hidden_markers, tokenizer)
+    if hidden is None and dishonesty is not None and dishonesty.fault.inflation:
+        raise FailedPrecondition(
+            f"target.fault={config.fault} adds hidden tokens, and this target hides none",
+            reason="BAD_CONFIGURATION",
+            help="set target.hidden_markers too",
+        )
     if hidden is not None:
         info.hidden.CopyFrom(hidden)
     build = (

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from countersign.services.engine.generation import Generation
 from countersign.services.protocol.writer import Writer
 from countersign.services.runtime.announcer import Party
+from countersign.services.target.padding import Padding
 from countersign.services.target.stopping import Stopper
 from countersign.v1.commit_pb2 import Opened
 from countersign.v1.sampling_pb2 import Drafting, FinishReason
@@ -37,7 +38,8 @@ class Session:
 
     ``finish`` is set once the answer's last token is sampled, or when it ends otherwise; the committer then closes the
     log. ``loading`` while its prefix comes from the store; ``done`` once the log is closed or another's. ``changed``
-    wakes the committer. ``unseen``: first tokens of the prompt that the engine was not given, which only a fault does.
+    wakes the committer. Only a fault has ``unseen``, how many first prompt tokens the engine was not given, and
+    ``padding``, what goes into the log that was not sampled.
     """
 
     request_id: str
@@ -55,6 +57,7 @@ class Session:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     party: Party = field(default_factory=Party)
     unseen: int = 0
+    padding: Padding | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -62,7 +65,8 @@ class Session:
 
     @property
     def output_tokens(self) -> int:
-        return self.unseen + len(self.generation.tokens) - self.prompt_tokens
+        added = 0 if self.padding is None else self.padding.added
+        return self.unseen + len(self.generation.tokens) - self.prompt_tokens + added
 
     @property
     def waits(self) -> bool:
@@ -73,6 +77,14 @@ class Session:
     def drafts(self) -> bool:
         """It takes proposals."""
         return self.opened.drafting != Drafting.DRAFTING_OFF
+
+    def padded(self, sampled: Pass) -> Pass:
+        """What of a pass goes into the log: what was sampled, but for a fault."""
+        if self.padding is None:
+            return sampled
+        padded = self.padding.pad(sampled, self.stopper.room - 1)
+        self.stopper.counts(len(padded.token_ids) - len(sampled.token_ids))
+        return padded
 
     def end(self, reason: FinishReason.ValueType, message: str = "") -> None:
         """The answer ends with what was sampled so far; the first reason stands."""

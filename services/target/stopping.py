@@ -45,6 +45,15 @@ class Stopper:
                 return taken, reason
         return taken, None
 
+    @property
+    def room(self) -> int:
+        """How many tokens more the answer may have."""
+        return self.max_tokens - self._count
+
+    def counts(self, more: int) -> None:
+        """So many tokens belong to the answer that were not sampled."""
+        self._count += more
+
     def _feed(self, token: int) -> FinishReason.ValueType | None:
         self._count += 1
         if token in self.end_token_ids or self._completes_stop(token):

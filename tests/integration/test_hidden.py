@@ -117,3 +117,28 @@ def told(events: list[Event], position: int) -> tuple[dict[int, int], int]:
             hidden += event.count
             position += event.count
     return seen, hidden
+
+
+async def test_hidden_tokens_that_the_model_never_said_are_counted_and_refused(
+    tmp_path: Path, demo_models: dict[str, Path]
+) -> None:
+    """A client sees nothing of it; whoever may open the hidden tokens does."""
+    settings = (f"target.hidden_markers={BEGIN} {END}", "target.fault=inflate-50")
+    stack = start_stack(tmp_path / "data", *settings)
+    try:
+        async with Client(stack.router) as client:
+            answer = await client.complete(PROMPT, max_tokens=120, temperature=0.7, seed=5)
+        log = await log_of(stack, answer.request_id)
+        keys = [load_public(stack.data_dir / "keys" / "receipts.pub")]
+    finally:
+        assert stop_stack(stack) == 0
+    mine = audit(answer.receipt, trusted_keys=keys, reference=None)
+    assert mine.verdict == "inconclusive"
+    opened = attach(answer.receipt, openings_of(log))
+    report = audit(opened, trusted_keys=keys, reference=partial(load_reference, demo_models["target"]))
+    assert [(level.level, level.outcome) for level in report.levels] == [
+        ("form", "pass"),
+        ("count", "pass"),
+        ("tokens", "fail"),
+    ]
+    assert parse(answer.receipt).receipt.output.hidden > 10
