@@ -26,7 +26,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from countersign.cli.bench import CHECKOUT, Row, call
 from countersign.cli.prompts import heldout_prompts
@@ -47,9 +46,11 @@ from countersign.services.target.faults import FAULTS, DishonestRunner, Fault, l
 from countersign.verify.audit import audit
 from countersign.verify.difr import load_reference, score_tokens
 from countersign.verify.difr.calibration import SLACK
+from countersign.verify.difr.detection import Detector, Scores, auc, interval, power
+from countersign.verify.difr.evidence import Evidence
 from countersign.verify.difr.profile import Arithmetic, Dtype
 from countersign.verify.difr.statistics import upper_rate
-from countersign.verify.difr.verdict import CLIP, THRESHOLDS, Tally, Thresholds, chance, judge
+from countersign.verify.difr.verdict import THRESHOLDS, Thresholds, judge
 from countersign.verify.keys import load_public
 from countersign.verify.receipt import sign
 from countersign.verify.testing import Asked, example_receipt, signing_key
@@ -72,9 +73,6 @@ BARS = {
 }
 
 Detectors: TypeAlias = "Mapping[tuple[str, Dtype], Detector]"
-
-Scores: TypeAlias = NDArray[np.float64]
-"""(answers, tokens)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +121,8 @@ def _run(quick: bool, rounds: int) -> list[Row]:
         honest = Detector(found["none", dtype], limits)
         for name in FAULTS:
             rows += _detection(name, dtype, honest, Detector(found[name, dtype], limits))
+            rows += _over_many(name, dtype, found[name, dtype], limits)
+        rows += _over_many("none", dtype, found["none", dtype], limits)
     return [*rows, *_false_positives(quick)]
 
 
@@ -244,60 +244,8 @@ def _drafting() -> Propose:
 # Detection
 
 
-class Detector:
-    """The scores of one provider, cut into runs."""
-
-    def __init__(self, answers: Scores, limits: Thresholds) -> None:
-        self._answers, self._limits = answers, limits
-
-    def found(self, size: int) -> Scores:
-        """Of each run of ``size`` tokens, how improbable it is: -log10 of its chance."""
-        most = 300.0
-        return np.array([min(most, -math.log10(max(chance(t, self._limits), 10**-most))) for t in self._tallies(size)])
-
-    def means(self, size: int) -> Scores:
-        """The published statistic of each run."""
-        means: Scores = self._runs(np.minimum(self._answers, CLIP), size).mean(axis=1)
-        return means
-
-    def _tallies(self, size: int) -> Iterator[Tally]:
-        runs = self._runs(self._answers, size)
-        finite = np.isfinite(runs)
-        above = [((runs > limit.tolerance) & finite).sum(axis=1) for limit in self._limits.limits]
-        clipped = np.minimum(runs, CLIP).sum(axis=1)
-        for outside, total, *counts in zip((~finite).sum(axis=1), clipped, *above, strict=True):
-            yield Tally(size, int(outside), tuple(int(count) for count in counts), float(total))
-
-    @staticmethod
-    def _runs(answers: Scores, size: int) -> Scores:
-        """Within an answer where it is long enough, else over consecutive answers."""
-        if size <= answers.shape[1]:
-            return answers[:, : answers.shape[1] // size * size].reshape(-1, size)
-        flat = answers.reshape(-1)
-        return flat[: len(flat) // size * size].reshape(-1, size)
-
-
-def auc(honest: Scores, dishonest: Scores) -> float:
-    """The chance that a dishonest run has more than an honest one, ties halved."""
-    ordered = np.sort(honest)
-    below, up_to = (np.searchsorted(ordered, dishonest, side=side) for side in ("left", "right"))
-    return float((below + up_to).mean() / 2 / len(honest))
-
-
-def interval(honest: Scores, dishonest: Scores, rounds: int = 200) -> tuple[float, float]:
-    """95 % of the AUC, by drawing the runs again."""
-    draws = np.random.default_rng(0)
-    again = [auc(draws.choice(honest, len(honest)), draws.choice(dishonest, len(dishonest))) for _ in range(rounds)]
-    return float(np.quantile(again, 0.025)), float(np.quantile(again, 0.975))
-
-
-def power(honest: Scores, dishonest: Scores, rate: float = 0.01) -> float:
-    """The share of dishonest runs above all but ``rate`` of the honest ones."""
-    return float((dishonest > np.quantile(honest, 1 - rate, method="higher")).mean())
-
-
 def _detection(name: str, dtype: Dtype, honest: Detector, dishonest: Detector) -> Iterator[Row]:
-    case = f"{name}, {'same arithmetic' if dtype == 'fp32' else 'bf16 reference'}"
+    case = f"{name}, {_under_what(dtype)}"
     for size in SIZES:
         ours, theirs = (honest.found(size), dishonest.found(size)), (honest.means(size), dishonest.means(size))
         if min(len(part) for part in ours) < 2:
@@ -311,6 +259,27 @@ def _detection(name: str, dtype: Dtype, honest: Detector, dishonest: Detector) -
         if size in (300, 1000):
             for side, end in zip(("lower", "upper"), interval(*ours), strict=True):
                 yield Row("audit", case, f"AUC, {size} tokens, {side} end of 95 %", end, "", n)
+
+
+def _over_many(name: str, dtype: Dtype, answers: Scores, limits: Thresholds, orders: int = 20) -> Iterator[Row]:
+    """Tokens until the evidence over answers of one provider refutes it, in random orders."""
+    draws, took = np.random.default_rng(0), list[float]()
+    for _ in range(orders):
+        evidence = Evidence.none(limits)
+        for index in draws.permutation(len(answers)):
+            evidence = evidence.add([float(score) for score in answers[index]])
+            if evidence.refuted():
+                break
+        took.append(evidence.tally.size if evidence.refuted() else math.inf)
+    case = f"{name}, {_under_what(dtype)}"
+    refuted = sum(math.isfinite(tokens) for tokens in took) / orders
+    yield Row("audit", case, f"refuted by the evidence of {answers.size} tokens", refuted, "share", orders)
+    if refuted == 1:
+        yield Row("audit", case, "tokens until the evidence refutes, p50", statistics.median(took), "tokens", orders)
+
+
+def _under_what(dtype: Dtype) -> str:
+    return "same arithmetic" if dtype == "fp32" else "bf16 reference"
 
 
 # Honest runs, and what it costs
