@@ -52,11 +52,11 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_wheel_holds_every_module_of_the_checkout(root: Path, wheel: Path) -> None:
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    packed = set(zipfile.ZipFile(wheel).namelist())
     expected = {
         "countersign/" + path.relative_to(root / PACKAGE).as_posix()
         for top in (root / PACKAGE, *(root / PACKAGE / folder for folder in LINKED))
-        for path in top.rglob("*.py")
+        for path in (*top.rglob("*.py"), *top.rglob("*.css"))
     }
     assert expected <= packed
 

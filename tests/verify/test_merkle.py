@@ -138,6 +138,14 @@ def test_a_touched_consistency_proof_is_refused(leaves: list[bytes], data: st.Da
         assert not merkle.verify_consistency(new, old, after, before, path)
 
 
+def test_a_consistency_proof_that_ends_below_the_root_of_the_claimed_size_is_refused() -> None:
+    leaves = [merkle.leaf_hash(entry) for entry in ENTRIES]
+    before, after, path = merkle.root(leaves[:4]), merkle.root(leaves), merkle.consistency_path(leaves, 4)
+    assert merkle.verify_consistency(4, 8, before, after, path)
+    for claimed in (9, 16, 2**40):
+        assert not merkle.verify_consistency(4, claimed, before, after, path)
+
+
 def test_the_empty_tree_begins_every_tree_and_nothing_else_does() -> None:
     leaves = [merkle.leaf_hash(entry) for entry in ENTRIES]
     empty, full = merkle.root([]), merkle.root(leaves)
