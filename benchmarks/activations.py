@@ -211,7 +211,7 @@ def _run(quick: bool) -> list[Row]:
     for dtype in dtypes:
         rows += _detection(dtype, names, prompts, tokens, (2, DEFAULT) if quick else SIZES)
     rows += _bytes()
-    rows += _cost(3 if quick else 9)
+    rows += _cost(60 if quick else 600)
     rows += _audit(1 if quick else 5)
     return rows
 
@@ -274,47 +274,49 @@ def _bytes() -> Iterator[Row]:
 
 
 def _cost(turns: int) -> Iterator[Row]:
-    """A decode step with fingerprints against one without, in turns."""
+    """Decode steps with fingerprints against steps without, step by step in turns."""
     model = load_model(TARGET)
     for batch in BATCHES:
-        steps = max(20, 200 // batch)
-        makers = {size: Fingerprinter(SEED, model.config.hidden_size, size, model.team) for size in (DEFAULT, 128)}
-        without: list[float] = []
-        with_: dict[int, list[float]] = {size: [] for size in makers}
-        for _ in range(turns):
-            for size, maker in makers.items():
-                without.append(_step_ms(model, batch, steps, None))
-                with_[size].append(_step_ms(model, batch, steps, maker))
-        base = statistics.median(without)
-        for size, times in with_.items():
-            share = statistics.median(times) / base - 1
+        base, *others = _step_times(model, batch, turns, (0, DEFAULT, 128))
+        for size, times in zip((DEFAULT, 128), others, strict=True):
+            share = statistics.median(times) / statistics.median(base) - 1
             yield Row(
-                "activations", f"{batch} decoding, k {size}", "fingerprints, share of a step", share, "share", turns,
-                peer="no fingerprints", ratio=1 + share,
-            )  # fmt: skip
+                "activations",
+                f"{batch} decoding, k {size}",
+                "fingerprints, share of a step",
+                share,
+                "share",
+                len(times),
+                peer="no fingerprints",
+                ratio=1 + share,
+            )
     prints = [bytes(2 * DEFAULT)] * ANSWER
     start = time.perf_counter()
     for _ in range(turns):
         commit("r" * 32, prints, SALT_KEY)
-    yield Row(
-        "activations", f"{ANSWER} tokens, k {DEFAULT}", "to commit", 1e3 * (time.perf_counter() - start) / turns, "ms",
-        turns,
-    )  # fmt: skip
+    took = 1e3 * (time.perf_counter() - start) / turns
+    yield Row("activations", f"{ANSWER} tokens, k {DEFAULT}", "to commit", took, "ms", turns)
 
 
-def _step_ms(model: Model, batch: int, steps: int, printer: Fingerprinter | None) -> float:
-    cache = PagedCache(model.config, "fp32", batch * (steps + 128))
-    engine = Engine.of(model, cache, runner=Runner(model, cache, printer))
-    for number in range(batch):
-        engine.submit(Generation(str(number), [5 + number, 7, 9], steps + 8, ASKED))
-    times = []
-    for turn in range(steps + 4):
-        start = time.perf_counter()
-        ran = engine.run(engine.plan())
-        engine.settle(ran, {result.generation.id: kept_of(result) for result in ran.results})
-        if turn >= 4:
-            times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+def _step_times(model: Model, batch: int, turns: int, sizes: Sequence[int]) -> list[list[float]]:
+    """Seconds of each decode step, for each size of fingerprint (0: none)."""
+    warm = 4
+    engines = []
+    for size in sizes:
+        cache = PagedCache(model.config, "fp32", batch * (turns + 128))
+        printer = Fingerprinter(SEED, model.config.hidden_size, size, model.team) if size else None
+        engines.append(Engine.of(model, cache, runner=Runner(model, cache, printer)))
+        for number in range(batch):
+            engines[-1].submit(Generation(str(number), [5 + number, 7, 9], turns + 8, ASKED))
+    times: list[list[float]] = [[] for _ in sizes]
+    for turn in range(turns + warm):
+        for engine, own in zip(engines, times, strict=True):
+            start = time.perf_counter()
+            ran = engine.run(engine.plan())
+            engine.settle(ran, {result.generation.id: kept_of(result) for result in ran.results})
+            if turn >= warm:
+                own.append(time.perf_counter() - start)
+    return times
 
 
 def _audit(turns: int) -> Iterator[Row]:

@@ -27,7 +27,9 @@ class Product:
         self._team = team
         self._weight = pack(team.library, weight, WeightKind.FP32)
         self._op = OpStruct(kind=OpKind.LINEAR, input=0, output=1, linear=self._weight.struct())
-        self._buffers = (BufferStruct * 2)()
+        self._buffers = (BufferStruct * 2)(BufferStruct(None, weight.shape[1]), BufferStruct(None, weight.shape[0]))
+        self._step = StepStruct(buffers=self._buffers)
+        self._at = ctypes.byref(self._step)
         shape = ShapeStruct(heads=1, kv_heads=1, buffers=2, ops=1)
         self._program = team.library.program_new(ctypes.byref(shape), ctypes.byref(self._op), team.handle)
         if not self._program:
@@ -40,9 +42,7 @@ class Product:
         if not len(x):
             return out
         x = x.contiguous()
-        self._buffers[0] = BufferStruct(x.data_ptr(), x.shape[1])
-        self._buffers[1] = BufferStruct(out.data_ptr(), out.shape[1])
-        step = StepStruct(rows=len(x), buffers=self._buffers)
-        if self._team.library.program_run(self._program, ctypes.byref(step)):
+        self._buffers[0].data, self._buffers[1].data, self._step.rows = x.data_ptr(), out.data_ptr(), len(x)
+        if self._team.library.program_run(self._program, self._at):
             raise MemoryError(f"no memory for a product of {len(x)} rows")
         return out

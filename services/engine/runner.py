@@ -101,7 +101,9 @@ class Runner:
         if self._fingerprints is None:
             return ()
         wanted, _ = _parted(works, spans, states)
-        return [row.tobytes() for row in self._fingerprints(wanted).astype("<f2", copy=False)]
+        found = self._fingerprints(wanted)
+        data, size = found.astype("<f2", copy=False).tobytes(), 2 * found.shape[1]
+        return [data[at : at + size] for at in range(0, len(data), size)]
 
     def _settle(
         self, work: Work, span: Span, base: int, sampled: Sequence[int], prints: Sequence[bytes] = ()
