@@ -35,9 +35,10 @@ from countersign.services.engine.runner import Runner
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import Tokenizer
 from countersign.services.target.faults import FAULTS, DishonestRunner, Fault, load_dishonest, shifted
-from countersign.verify.activations import Challenge, audit_activations, teacher_forced_states
+from countersign.verify.activations import audit_activations, states_of
 from countersign.verify.difr import Reference
-from countersign.verify.fingerprints import SEED, commit, encode, open_positions
+from countersign.verify.fingerprints import SEED, Challenge, commit, encode, open_positions
+from countersign.verify.receipt import Openings
 from countersign.verify.testing import SALT_KEY, example_receipt, model_of
 
 MODELS = CHECKOUT / "infra" / "models"
@@ -116,9 +117,8 @@ def answers(
 
 def reference_states(model: Model, answer: Answer) -> Tensor:
     """(tokens, hidden) of a teacher-forced pass over what the provider claims."""
-    tokens = (*answer.prompt, *answer.output[:-1])
-    pieces = [states.float().clone() for _, states in teacher_forced_states(model, tokens, len(answer.output))]
-    return torch.cat(pieces)
+    openings = Openings(SALT_KEY, tuple(answer.prompt), tuple(answer.output))
+    return states_of(model, openings, range(len(answer.output))).float()
 
 
 def distances(provider: Tensor, reference: Tensor, size: int) -> Numbers:
@@ -190,12 +190,6 @@ def prompts_of(count: int) -> list[list[int]]:
     return [list(tokenizer.encode(prompt.text)) for prompt in heldout_prompts(MODELS, count)]
 
 
-def honest_pool(dtype: Dtype, reference: Model, prompts: Sequence[Sequence[int]], tokens: int) -> Pool:
-    """Of the providers that must not be refused."""
-    eager = pool(load_model(TARGET, dtype=dtype, backend="eager"), reference, prompts, tokens)
-    return eager if dtype == "fp32" else Pool([*eager.pairs, *pool(reference, reference, prompts, tokens).pairs])
-
-
 async def run(quick: bool) -> list[Row]:
     """Quick: few prompts, faults and sizes."""
     return await asyncio.to_thread(_run, quick)
@@ -220,9 +214,13 @@ def _detection(
     dtype: Dtype, names: Iterable[str], prompts: Sequence[Sequence[int]], tokens: int, sizes: Sequence[int]
 ) -> Iterator[Row]:
     scheme, reference = load("toploc"), load_model(TARGET, dtype=dtype)
-    honest = honest_pool(dtype, reference, prompts, tokens)
-    yield from _honest(dtype, honest)
+    alike = pool(reference, reference, prompts, tokens)
+    eager = pool(load_model(TARGET, dtype=dtype, backend="eager"), reference, prompts, tokens)
+    others = eager if dtype == "fp32" else Pool([*eager.pairs, *alike.pairs])
+    yield from _honest(dtype, others)
     for name in names:
+        # What changes no state is compared with its own arithmetic: a torch provider would only be noise.
+        honest = alike if name in BLIND else others
         dishonest = pool(load_dishonest(FAULTS[name], TARGET, DRAFT, dtype=dtype), reference, prompts, tokens, name)
         for size in sizes:
             positives, negatives = dishonest.scores(size), honest.scores(size)

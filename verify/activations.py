@@ -15,7 +15,7 @@ text was sampled from it is for the token level to say; neither replaces the oth
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,13 +24,12 @@ import torch
 
 from countersign.kernels.fingerprint import Fingerprinter
 from countersign.services.engine.errors import EngineError
-from countersign.services.engine.kv import PagedCache
-from countersign.services.engine.model import Model, Span
+from countersign.services.engine.model import Model
 from countersign.verify.difr.level import Reference, arithmetic_of, check_comparable
-from countersign.verify.difr.scores import CHUNK
+from countersign.verify.difr.scores import Kept, teacher_forced
 from countersign.verify.difr.statistics import binomial_tail, mean_chance, mean_limit, tokens_needed
 from countersign.verify.errors import NotCheckable, OpeningMismatch
-from countersign.verify.fingerprints import Opening, check, decode
+from countersign.verify.fingerprints import Challenge, Opening, check, decode
 from countersign.verify.payload import Receipt
 from countersign.verify.receipt import Openings
 
@@ -39,17 +38,6 @@ CLIP = 0.5
 
 FALSE_POSITIVES = 1e-3
 """Chance that an honest answer is refused, both tests together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Challenge:
-    """The positions that were drawn after the receipt was signed, and the provider's answer (see ``fingerprints``).
-
-    ``answer``: None where none came before the deadline.
-    """
-
-    positions: tuple[int, ...]
-    answer: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +61,9 @@ SAME = Tolerance(1e-4, 0.0, 1e-5, "the same arithmetic gives the same bits")
 """For native code, whose bits depend neither on the machine nor on the batch."""
 
 OTHER: dict[Literal["fp32", "bf16"], Tolerance] = {
-    # Between executors in fp32 at most 2e-4 was seen, the last bit of fp16; int8 weights begin at 4e-3.
-    "fp32": Tolerance(1e-3, 0.0, 2e-4, "other arithmetic in fp32, on the demo model"),
-    # At most 0.02 was seen at k >= 8; weights of 4 bits begin at 0.1.
+    # Executors in fp32 differ in the last bit of fp16 now and then: at most 7e-4 was seen. With 8-bit weights 0.012.
+    "fp32": Tolerance(3e-3, 0.0, 2e-4, "other arithmetic in fp32, on the demo model"),
+    # At most 0.023 was seen at k = 8; weights of 4 bits begin at 0.1.
     "bf16": Tolerance(0.05, 0.01, 0.02, "other arithmetic in bf16, on the demo model"),
 }
 """By the dtype that the receipt declares, where provider and reference compute otherwise."""
@@ -93,9 +81,9 @@ class ActivationReport:
 
 
 def audit_activations(
-    reference: Reference, receipt: Receipt, openings: Openings, challenge: Challenge
+    reference: Reference, receipt: Receipt, openings: Openings, challenge: Challenge, kept: Kept | None = None
 ) -> ActivationReport:
-    """The activation level for a receipt whose openings were found to be the signed ones.
+    """The activation level for a receipt whose openings were found to be the signed ones. ``kept``: see ``states_of``.
 
     Raises:
         NotCheckable: no fingerprints, no positions, other weights, or a text that the reference cannot compute.
@@ -116,7 +104,7 @@ def audit_activations(
     opened = decode(challenge.answer)
     check(receipt, opened, positions)
     try:
-        found = distances(reference.model, openings, opened, signed.seed, signed.size)
+        found = distances(reference.model, openings, opened, signed.seed, signed.size, kept)
     except (EngineError, ValueError) as error:
         raise NotCheckable(f"the reference cannot compute these fingerprints: {error}") from error
     report = judge(found, tolerance_of(reference, receipt), complete=len(positions) == signed.count)
@@ -124,27 +112,37 @@ def audit_activations(
     return ActivationReport(report.outcome, report.failures, {**report.figures, **sizes}, report.source, tuple(found))
 
 
-def distances(model: Model, openings: Openings, opened: Sequence[Opening], seed: int, size: int) -> list[float]:
-    """The distance d of each opened fingerprint, infinite where it is not a number.
+def distances(
+    model: Model, openings: Openings, opened: Sequence[Opening], seed: int, size: int, kept: Kept | None = None
+) -> list[float]:
+    """The distance d of each opened fingerprint, infinite where it is not a number. ``kept``: see ``states_of``.
 
     Raises:
         ValueError: the model has no projection of that size.
         EngineError: it cannot compute the text.
     """
-    wanted = {each.index: each.fingerprint for each in opened}
-    printer = Fingerprinter(seed, model.config.hidden_size, size, model.team)
-    tokens = (*openings.prompt_token_ids, *openings.output_token_ids[: max(wanted)])
-    found: dict[int, float] = {}
-    for first, states in teacher_forced_states(model, tokens, max(wanted) - min(wanted) + 1):
-        rows = [
-            index - min(wanted) - first for index in sorted(wanted) if 0 <= index - min(wanted) - first < len(states)
-        ]
-        if rows:
-            own, norms = printer(states[rows]), states[rows].float().norm(dim=1).tolist()
-            for row, print_, norm in zip(rows, own, norms, strict=True):
-                index = min(wanted) + first + row
-                found[index] = distance(wanted[index], print_, norm, model.config.hidden_size)
-    return [found[each.index] for each in opened]
+    states = states_of(model, openings, [each.index for each in opened], kept)
+    own = Fingerprinter(seed, model.config.hidden_size, size, model.team)(states)
+    norms: list[float] = states.float().norm(dim=1).tolist()
+    return [
+        distance(each.fingerprint, expected, norm, model.config.hidden_size)
+        for each, expected, norm in zip(opened, own, norms, strict=True)
+    ]
+
+
+def states_of(model: Model, openings: Openings, positions: Sequence[int], kept: Kept | None = None) -> torch.Tensor:
+    """The states (positions, hidden) that the reference samples these output tokens from, over the claimed text.
+
+    ``kept``: they may be here already, from the pass of the token level.
+    """
+    if kept is not None and all(position in kept.states for position in positions):
+        return torch.stack([kept.states[position] for position in positions])
+    first, last = min(positions), max(positions)
+    tokens = (*openings.prompt_token_ids, *openings.output_token_ids[:last])
+    own = Kept([position - first for position in positions])
+    for _ in teacher_forced(model, tokens, last - first + 1, own):
+        pass
+    return torch.stack([own.states[position - first] for position in positions])
 
 
 def distance(fingerprint: bytes, expected: np.ndarray, norm: float, hidden: int) -> float:
@@ -155,18 +153,6 @@ def distance(fingerprint: bytes, expected: np.ndarray, norm: float, hidden: int)
     scale = norm * math.sqrt(len(own) / hidden)
     change = float(np.linalg.norm(claimed - own))
     return change / scale if scale > 0 else (0.0 if change == 0 else math.inf)
-
-
-def teacher_forced_states(model: Model, token_ids: Sequence[int], wanted: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """The states (rows, hidden) at each of the last ``wanted`` tokens, ``CHUNK`` at most, and the first one's place."""
-    cache = PagedCache(model.config, model.dtype, tokens=len(token_ids))
-    sequence, before = cache.sequence(), len(token_ids) - wanted
-    for start in range(0, len(token_ids), CHUNK):
-        chunk = token_ids[start : start + CHUNK]
-        rows = min(len(chunk), max(0, start + len(chunk) - before))
-        states = model.compute(cache, [Span(sequence, chunk, rows)]).states
-        if rows:
-            yield start + len(chunk) - rows - before, states
 
 
 def judge(distances: Sequence[float], tolerance: Tolerance, *, complete: bool) -> ActivationReport:

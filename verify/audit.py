@@ -26,8 +26,8 @@ from countersign.verify.receipt import Openings, PartialOpenings, Receipt, Recei
 from countersign.verify.trust import Trusted, TrustPolicy, TrustRules
 
 if TYPE_CHECKING:
-    from countersign.verify.activations import Challenge
-    from countersign.verify.difr import Reference, TokenScore
+    from countersign.verify.difr import Kept, Reference, TokenScore
+    from countersign.verify.fingerprints import Challenge
 
 Level = Literal["form", "count", "tokens", "activations", "meaning"]
 Outcome = Literal["pass", "fail", "inconclusive"]
@@ -149,6 +149,7 @@ class _Audit:
         self._policy = policy
         self._reference = reference
         self._challenge = challenge
+        self._kept: Kept | None = None
         self._openings: Openings | None = None
         self.signed: SignedReceipt | None = None
         self.scores: tuple[TokenScore, ...] = ()
@@ -205,9 +206,11 @@ class _Audit:
 
     def tokens(self) -> LevelReport:
         receipt, openings, reference = self._material()
-        from countersign.verify.difr import audit_tokens  # torch takes seconds to import; only here it is needed
+        from countersign.verify.difr import Kept, audit_tokens  # torch takes seconds to import; only here it is needed
 
-        report = audit_tokens(reference, receipt, openings)
+        if self._challenge is not None:
+            self._kept = Kept(self._challenge.positions)
+        report = audit_tokens(reference, receipt, openings, kept=self._kept)
         self.scores = report.scores
         if report.failures:
             return LevelReport("tokens", "fail", "; ".join(report.failures), report.figures)
@@ -229,7 +232,7 @@ class _Audit:
         receipt, openings, reference = self._material()
         from countersign.verify.activations import audit_activations
 
-        report = audit_activations(reference, receipt, openings, self._challenge)
+        report = audit_activations(reference, receipt, openings, self._challenge, self._kept)
         figures = report.figures
         if report.failures:
             return LevelReport("activations", "fail", "; ".join(report.failures), figures)

@@ -44,6 +44,17 @@ class Opening:
     path: tuple[bytes, ...] = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """The positions that were drawn after the receipt was signed, and the provider's answer .
+
+    ``answer``: None where none came before the deadline.
+    """
+
+    positions: tuple[int, ...]
+    answer: bytes | None
+
+
 def activation_leaf(request_id: str, index: int, fingerprint: bytes, salt: bytes) -> bytes:
     """The leaf hash (32 bytes) of output token ``index``."""
     name = request_id.encode()

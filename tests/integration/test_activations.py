@@ -12,10 +12,9 @@ from stacks import Running, start_stack, stop_stack
 
 from countersign.client import Answer, Client
 from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound
-from countersign.verify.activations import Challenge
 from countersign.verify.audit import AuditReport, audit
 from countersign.verify.difr import load_reference
-from countersign.verify.fingerprints import decode
+from countersign.verify.fingerprints import Challenge, decode
 from countersign.verify.keys import load_public
 from countersign.verify.receipt import parse
 

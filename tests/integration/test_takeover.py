@@ -22,9 +22,9 @@ from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.registry import Registry
-from countersign.verify.activations import Challenge
 from countersign.verify.audit import audit
 from countersign.verify.difr import load_reference
+from countersign.verify.fingerprints import Challenge
 from countersign.verify.keys import load_public
 from countersign.verify.logged import opened_fingerprints
 

@@ -20,12 +20,13 @@ This needs the coupling of the answer to the noise: under standard rejection sam
 """
 
 from countersign.verify.difr.level import Reference, TokenReport, audit_tokens, load_reference
-from countersign.verify.difr.scores import CHUNK, TokenScore, score_tokens, teacher_forced, token_scores
+from countersign.verify.difr.scores import CHUNK, Kept, TokenScore, score_tokens, teacher_forced, token_scores
 from countersign.verify.difr.verdict import THRESHOLDS, Power, Thresholds, Verdict, judge
 
 __all__ = [
     "CHUNK",
     "THRESHOLDS",
+    "Kept",
     "Power",
     "Reference",
     "Thresholds",

@@ -12,7 +12,7 @@ from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import StopMatcher, Tokenizer
 from countersign.verify.difr import profile as profiles
 from countersign.verify.difr.profile import Arithmetic, Profile
-from countersign.verify.difr.scores import TokenScore, score_tokens
+from countersign.verify.difr.scores import Kept, TokenScore, score_tokens
 from countersign.verify.difr.verdict import THRESHOLDS, Power, Thresholds, judge
 from countersign.verify.errors import KeyFileError, NotCheckable, VerificationError
 from countersign.verify.keys import load_public
@@ -89,8 +89,9 @@ def audit_tokens(
     receipt: Receipt,
     openings: Openings,
     power: Power = Power(),  # noqa: B008  it is frozen
+    kept: Kept | None = None,
 ) -> TokenReport:
-    """The token level for a receipt whose openings were found to be the signed ones.
+    """The token level for a receipt whose openings were found to be the signed ones. ``kept``: see ``score_tokens``.
 
     Raises:
         NotCheckable: other weights, another coupling, no output, or a text too long for the reference.
@@ -105,7 +106,7 @@ def audit_tokens(
     thresholds = thresholds_of(reference, receipt)
     try:
         sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed or 0)
-        scores = score_tokens(reference.model, prompt, output, sampling, thresholds.slack)
+        scores = score_tokens(reference.model, prompt, output, sampling, thresholds.slack, kept)
     except EngineError as error:
         raise NotCheckable(f"the reference cannot compute this text: {error}") from error
     verdict = judge([token.score for token in scores], thresholds, power)

@@ -8,8 +8,8 @@ no such error puts out. At slack 0 this is the published score.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -44,21 +44,40 @@ class TokenScore:
     rank: int
 
 
+@dataclass(slots=True)
+class Kept:
+    """The states (hidden) that the output tokens at ``positions`` were sampled from, kept of a pass that goes by."""
+
+    positions: Collection[int]
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, first: int, states: torch.Tensor) -> None:
+        """The states of output tokens ``first`` and on."""
+        for position in self.positions:
+            if first <= position < first + len(states):
+                self.states[position] = states[position - first].clone()
+
+
 def token_scores(model: Model, prompt: Sequence[int], output: Sequence[int], sampling: Sampling) -> list[float]:
     """The published score of each output token, in logits; infinite where the token is out of support."""
     return [token.score for token in score_tokens(model, prompt, output, sampling)]
 
 
 def score_tokens(
-    model: Model, prompt: Sequence[int], output: Sequence[int], sampling: Sampling, slack: float = 0.0
+    model: Model,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    sampling: Sampling,
+    slack: float = 0.0,
+    kept: Kept | None = None,
 ) -> list[TokenScore]:
-    """What the reference says of each output token.
+    """What the reference says of each output token. ``kept``: gets the states that it wants, in the same pass.
 
     Raises:
         EngineError: the reference cannot compute this text.
     """
     scores: list[TokenScore] = []
-    for rows in teacher_forced(model, [*prompt, *output[:-1]], len(output)):
+    for rows in teacher_forced(model, [*prompt, *output[:-1]], len(output), kept):
         first = len(prompt) + len(scores)
         claimed = output[len(scores) : len(scores) + len(rows)]
         choices = draw(rows, [Draws(range(first, first + len(rows)), sampling)], model.team or _team())
@@ -67,17 +86,24 @@ def score_tokens(
     return scores
 
 
-def teacher_forced(model: Model, token_ids: Sequence[int], wanted: int) -> Iterator[torch.Tensor]:
-    """The logits (rows, vocabulary) fp32 on the CPU after each of the last ``wanted`` tokens, ``CHUNK`` at most."""
+def teacher_forced(
+    model: Model, token_ids: Sequence[int], wanted: int, kept: Kept | None = None
+) -> Iterator[torch.Tensor]:
+    """The logits (rows, vocabulary) fp32 on the CPU after each of the last ``wanted`` tokens, ``CHUNK`` at most.
+
+    ``kept``: counts from the first of these.
+    """
     cache = PagedCache(model.config, model.dtype, tokens=len(token_ids))
     sequence = cache.sequence()
     first = len(token_ids) - wanted
     for start in range(0, len(token_ids), CHUNK):
         chunk = token_ids[start : start + CHUNK]
         rows = min(len(chunk), max(0, start + len(chunk) - first))
-        logits = model.forward(cache, [Span(sequence, chunk, rows)]).cpu()
+        computed = model.compute(cache, [Span(sequence, chunk, rows)])
         if rows:
-            yield logits
+            if kept is not None:
+                kept.take(start + len(chunk) - rows - first, computed.states)
+            yield computed.logits.cpu()
 
 
 @cache

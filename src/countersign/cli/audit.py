@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from countersign.services.engine.text import Tokenizer
     from countersign.services.runtime.config import Config
-    from countersign.verify.activations import Challenge
     from countersign.verify.audit import AuditReport, Dtype
     from countersign.verify.difr import Reference
+    from countersign.verify.fingerprints import Challenge
     from countersign.verify.receipt import SignedReceipt
     from countersign.verify.trust import TrustPolicy
 
@@ -145,8 +145,8 @@ def _challenge(data: bytes, count: int, router: str, data_dir: Path | None) -> C
 
     from countersign.client import Client
     from countersign.verify import sampling
-    from countersign.verify.activations import Challenge
     from countersign.verify.errors import VerificationError
+    from countersign.verify.fingerprints import Challenge
     from countersign.verify.receipt import parse
 
     try:
