@@ -33,6 +33,20 @@ from countersign.verify.fingerprints import Challenge, Opening, check, decode
 from countersign.verify.payload import Receipt
 from countersign.verify.receipt import Openings
 
+__all__ = [
+    "OTHER",
+    "SAME",
+    "ActivationReport",
+    "Challenge",
+    "Tolerance",
+    "audit_activations",
+    "distance",
+    "distances",
+    "judge",
+    "states_of",
+    "tolerance_of",
+]
+
 CLIP = 0.5
 """Distances are clipped here before the mean."""
 

@@ -11,7 +11,7 @@ from countersign.services.protocol.events import Append
 from countersign.services.protocol.writer import Writer
 from countersign.services.router.answer import Answer
 from countersign.services.runtime.process import main
-from countersign.v1.router_pb2 import Tokens
+from countersign.v1.router_pb2 import Hidden, Tokens
 
 
 def commits_another_token() -> None:
@@ -28,11 +28,13 @@ def skips_a_token() -> None:
     """The router loses a token between log and client (Agreement)."""
     honest = Answer.decoded
 
-    def decoded(answer: Answer, pieces: Sequence[str], *, final: bool = False) -> Tokens | None:
-        tokens = honest(answer, pieces, final=final)
-        if tokens is not None and tokens.position > 0 and len(tokens.tokens) > 1:
-            return Tokens(position=tokens.position + 1, tokens=tokens.tokens[1:])
-        return tokens
+    def decoded(answer: Answer, pieces: Sequence[str], *, final: bool = False) -> list[Tokens | Hidden]:
+        return [
+            Tokens(position=event.position + 1, tokens=event.tokens[1:])
+            if isinstance(event, Tokens) and event.position > 0 and len(event.tokens) > 1
+            else event
+            for event in honest(answer, pieces, final=final)
+        ]
 
     setattr(Answer, "decoded", decoded)  # noqa: B010
 
