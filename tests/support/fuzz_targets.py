@@ -13,8 +13,21 @@ from dataclasses import dataclass, replace
 
 import cbor2
 
-from countersign.verify import cose_receipt, envelope, fingerprints, merkle, payload, statement
+from countersign.services.auditor import tlog_witness
+from countersign.verify import (
+    cbor,
+    cose_receipt,
+    envelope,
+    equivocation,
+    fingerprints,
+    merkle,
+    payload,
+    statement,
+    verdict,
+)
 from countersign.verify.coin import challenge
+from countersign.verify.cose import ALG, CONTENT_TYPE, EDDSA, KID, encode1, key_id, sign1
+from countersign.verify.equivocation import Equivocation
 from countersign.verify.errors import VerificationError
 from countersign.verify.log import checkpoint as notes
 from countersign.verify.log.checkpoint import Checkpoint, KeyKind, NoteKey
@@ -41,7 +54,7 @@ WITNESS_KEY = NoteKey("witness.example", WITNESS.public_key(), KeyKind.WITNESS)
 RULES = TrustRules(
     TrustPolicy((TARGET.public_key(),), logs=(LOG_KEY,), witnesses=(WITNESS_KEY,), now_unix_ms=1_800_000_000_000)
 )
-CONTENT_TYPE = "application/vnd.countersign.fuzz+cbor"
+STATEMENT = "application/vnd.countersign.fuzz+cbor"
 
 RECEIPT, OPENINGS = example_receipt(range(40), range(100, 124), stop=["\n\n"], stop_token_ids=[7])
 FINGERPRINTS = [bytes([index] * 16) for index in range(24)]
@@ -129,7 +142,7 @@ def _tile(data: bytes) -> None:
 
 
 def _statement(data: bytes) -> None:
-    statement.verify(data, CONTENT_TYPE, [TARGET.public_key()])
+    statement.verify(data, STATEMENT, [TARGET.public_key()])
 
 
 def _leaves(data: bytes) -> None:
@@ -141,6 +154,33 @@ def _fingerprints(data: bytes) -> None:
     """An answer to a challenge for activations."""
     opened = fingerprints.decode(data)
     fingerprints.check(COMMITTED, opened, POSITIONS)
+
+
+def _stated(data: bytes, content_type: str) -> bytes:
+    """A signed statement of these bytes."""
+    header: dict[int, object] = {ALG: EDDSA, CONTENT_TYPE: content_type, KID: key_id(TARGET.public_key())}
+    protected, signature = sign1(header, data, TARGET)
+    return encode1(protected, {}, data, signature)
+
+
+def _verdict(data: bytes) -> None:
+    """The payload of a verdict that is signed well."""
+    verdict.verify(_stated(data, verdict.CONTENT_TYPE), [TARGET.public_key()]).was_drawn(LOG_KEY)
+
+
+def _equivocation(data: bytes) -> None:
+    """The payload of evidence against a log that is signed well."""
+    kind = equivocation.CONTENT_TYPE
+    value = statement.verify(_stated(data, kind), kind, [TARGET.public_key()])
+    Equivocation.from_cbor(value).verify([LOG_KEY])
+
+
+def _witness(data: bytes) -> None:
+    """What is asked of a witness over HTTP, and what it answers."""
+    with suppress(VerificationError):
+        tlog_witness.parse_size(data)
+    _, _, note = tlog_witness.parse_request(data)
+    RULES.checkpoint(note)
 
 
 def _carrying() -> bytes:
@@ -168,6 +208,24 @@ def _answer() -> bytes:
     return fingerprints.encode(opened)
 
 
+def _drawn() -> bytes:
+    """A verdict's payload, as ``Verdict.sign`` makes it."""
+    note = notes.sign(Checkpoint(ORIGIN, len(LEAVES), ROOT, (f"{verdict.SHARE_LINE}1.0",)), LOG)
+    finding = verdict.Finding("form", "pass", "signed", {"tokens": 24.0})
+    found = verdict.Verdict(bytes(32), RECEIPT.request_id, "pass", (finding,), 7, note, 1_750_000_000_000)
+    body: bytes = cbor2.loads(found.sign(TARGET)).value[2]
+    return body
+
+
+def _forked() -> tuple[bytes, ...]:
+    """Evidence of two roots for one size, and of a history that was rewritten."""
+    forked = notes.sign(Checkpoint(ORIGIN, len(LEAVES), LEAVES[0]), LOG)
+    rewritten = notes.sign(Checkpoint(ORIGIN, 123, LEAVES[0]), LOG)
+    steps = tuple(merkle.consistency_path(LEAVES, 123))
+    evidence = (Equivocation(_cosigned(), forked), Equivocation(rewritten, _cosigned(), steps))
+    return tuple(cbor.dumps(found.to_cbor()) for found in evidence)
+
+
 def _targets() -> dict[str, Target]:
     partly = withhold(OPENINGS, RECEIPT.request_id, [(0, 5), (9, 20)])
     size = len(LEAVES)
@@ -193,8 +251,11 @@ def _targets() -> dict[str, Target]:
                 b"tile/entries/001\n" + pack_entries(b"entry %d" % index for index in range(256)),
             ),
         ),
-        "statement": Target(
-            _statement, (statement.sign({"version": 1, "of": [1.5, "x", b"y"]}, CONTENT_TYPE, TARGET),)
+        "statement": Target(_statement, (statement.sign({"version": 1, "of": [1.5, "x", b"y"]}, STATEMENT, TARGET),)),
+        "verdict": Target(_verdict, (_drawn(),)),
+        "equivocation": Target(_equivocation, _forked()),
+        "witness": Target(
+            _witness, (tlog_witness.encode_request(123, merkle.consistency_path(LEAVES, 123), _cosigned()),)
         ),
         "fingerprints": Target(_fingerprints, (_answer(),)),
         "leaves": Target(
