@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from countersign.services.protocol.commit import Entry, LogState
 from countersign.services.protocol.errors import ProtocolError
 from countersign.verify.envelope import unseal
 from countersign.verify.errors import NotCheckable
-from countersign.verify.logged import openings_of
+from countersign.verify.logged import opened_fingerprints, openings_of
+from countersign.verify.receipt import parse
+from countersign.verify.sampling import positions
+
+CHALLENGED = 16
+"""Positions of an answer whose fingerprints are compared: two show weights of 4 bits, as a rule."""
 
 
 @dataclass(frozen=True, slots=True)
 class Disclosed:
-    """The receipt with the openings that the token log gives; whether they are its own, the audit says."""
+    """The receipt with the openings that the token log gives; whether they are its own, the audit says.
+
+    ``positions`` of the answer were drawn for their fingerprints, none where the receipt commits to none; ``answer``
+    holds these as the log has them, None where it lacks one.
+    """
 
     receipt: bytes
+    positions: tuple[int, ...] = ()
+    answer: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +45,15 @@ class Missed:
 Case = Disclosed | NotYet | Missed
 
 
-def case_of(receipt: bytes, request_id: str, records: Iterable[Entry]) -> Case:
-    """What there is to audit. ``receipt``: without openings; ``records``: the request's token log, none if gone."""
+def case_of(receipt: bytes, request_id: str, records: Iterable[Entry], beacon: bytes) -> Case:
+    """What there is to audit.
+
+    Args:
+        receipt: Without openings.
+        request_id: Of its request.
+        records: The request's token log; none if it is gone.
+        beacon: Of the checkpoint that drew the receipt; it draws the positions too.
+    """
     log = LogState(request_id)
     try:
         for record in records:
@@ -51,6 +69,18 @@ def case_of(receipt: bytes, request_id: str, records: Iterable[Entry]) -> Case:
         closed = log.closed.receipt_sha256.hex() or "none"
         return Missed(f"the request was closed with another receipt ({closed}): this one was made in vain")
     try:
-        return Disclosed(replace(envelope, openings=openings_of(log)).encode())
+        disclosed = replace(envelope, openings=openings_of(log)).encode()
     except NotCheckable as error:
         return Missed(str(error))
+    activations = parse(receipt).receipt.evidence.activations
+    if activations is None:
+        return Disclosed(disclosed)
+    drawn = positions("activations", beacon, envelope.digest(), activations.count, CHALLENGED)
+    return Disclosed(disclosed, drawn, _answer(log, drawn))
+
+
+def _answer(log: LogState, drawn: Sequence[int]) -> bytes | None:
+    try:
+        return opened_fingerprints(log, drawn)
+    except NotCheckable:
+        return None

@@ -11,17 +11,17 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from typing import Protocol
 
 from countersign.services.auditor.case import Disclosed, Missed, NotYet, case_of
+from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Audit, Ledger
 from countersign.services.protocol.commit import Entry
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.errors import DataLoss
 from countersign.verify.audit import AuditReport, Level
 from countersign.verify.log.store import TileLog
-from countersign.verify.verdict import Finding, Verdict
+from countersign.verify.verdict import Finding, Verdict, beacon_of
 
 FIRST_WAIT_MS = 250
 LONGEST_WAIT_MS = 30_000
@@ -29,10 +29,15 @@ MOST_FAILURES = 5
 
 _FORM: tuple[Level, ...] = ("form",)
 
-Examine = Callable[[bytes, Collection[Level]], Awaitable[AuditReport]]
 ReadLog = Callable[[str], Awaitable[Sequence[Entry]]]
 
 _log = logging.getLogger(__name__)
+
+
+class Examine(Protocol):
+    """The audit itself; without ``levels`` all for which there is what they need."""
+
+    def __call__(self, case: Disclosed, levels: Collection[Level] = ()) -> Awaitable[AuditReport]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class Docket:
     Args:
         log: where the receipts are.
         ledger: where the audits wait.
-        key: signs verdicts.
+        keys: sign verdicts, and tell the log's own signature.
         read: the records under a subject.
         examine: the audit itself.
         wall_ms: the time.
@@ -61,14 +66,14 @@ class Docket:
         self,
         log: TileLog,
         ledger: Ledger,
-        key: Ed25519PrivateKey,
+        keys: Keys,
         read: ReadLog,
         examine: Examine,
         wall_ms: Callable[[], int],
     ) -> None:
         self._log = log
         self._ledger = ledger
-        self._key = key
+        self._keys = keys
         self._read = read
         self._examine = examine
         self._wall_ms = wall_ms
@@ -83,7 +88,9 @@ class Docket:
         drawn = await asyncio.to_thread(self._due)
         if drawn is None:
             return False
-        case = case_of(drawn.receipt, drawn.request_id, await self._read(commit_subject(drawn.request_id)))
+        records = await self._read(commit_subject(drawn.request_id))
+        beacon = beacon_of(drawn.checkpoint, self._keys.log_key)
+        case = await asyncio.to_thread(case_of, drawn.receipt, drawn.request_id, records, beacon)
         findings = None if isinstance(case, NotYet) else await self._findings(drawn, case)
         if findings is None:
             due = self._wall_ms() + wait_ms(drawn.audit.attempts)
@@ -96,8 +103,8 @@ class Docket:
         """What the levels say; None where the audit itself failed and is to be tried again."""
         try:
             if isinstance(case, Disclosed):
-                return _findings_of(await self._examine(case.receipt, ()))
-            form = _findings_of(await self._examine(drawn.receipt, _FORM))
+                return _findings_of(await self._examine(case))
+            form = _findings_of(await self._examine(Disclosed(drawn.receipt), _FORM))
             return [*form, Finding("count", "inconclusive", case.why)]
         except Exception as error:  # noqa: BLE001  a bug in one audit must neither stop the others nor hide
             self._failures[drawn.audit.index] += 1
@@ -126,7 +133,7 @@ class Docket:
             checkpoint=drawn.checkpoint,
             audited_unix_ms=self._wall_ms(),
         )
-        self._ledger.decided(audit.index, outcome, verdict.sign(self._key))
+        self._ledger.decided(audit.index, outcome, verdict.sign(self._keys.verdicts))
         tell = _log.error if outcome == "fail" else _log.info
         tell("audited request=%s outcome=%s: %s", drawn.request_id, outcome, findings[-1].summary)
 

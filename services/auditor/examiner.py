@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from countersign.services.auditor.case import Disclosed
 from countersign.services.runtime.errors import FailedPrecondition
 from countersign.verify.audit import AuditReport, Dtype, Level, audit
 from countersign.verify.errors import KeyFileError
@@ -38,7 +39,7 @@ class Examiner:
         self.active = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit", initializer=_stand_back)
 
-    async def audit(self, receipt: bytes, levels: Collection[Level]) -> AuditReport:
+    async def audit(self, case: Disclosed, levels: Collection[Level] = ()) -> AuditReport:
         """Audits a receipt, behind those that wait already.
 
         Raises:
@@ -46,7 +47,7 @@ class Examiner:
         """
         self.active += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._audit, receipt, levels)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._audit, case, levels)
         finally:
             self.active -= 1
 
@@ -65,8 +66,19 @@ class Examiner:
         """Waits for the audit in hand; those that wait are dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _audit(self, receipt: bytes, levels: Collection[Level]) -> AuditReport:
-        return audit(receipt, trusted_keys=self.trusted_keys(), reference=self._reference, levels=levels)
+    def _audit(self, case: Disclosed, levels: Collection[Level]) -> AuditReport:
+        challenge = None
+        if case.positions:
+            from countersign.verify.activations import Challenge  # torch takes seconds to import
+
+            challenge = Challenge(case.positions, case.answer)
+        return audit(
+            case.receipt,
+            trusted_keys=self.trusted_keys(),
+            reference=self._reference,
+            levels=levels,
+            challenge=challenge,
+        )
 
     def _reference(self, dtype: Dtype) -> Reference:
         if dtype not in self._references:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from google.protobuf.descriptor import ServiceDescriptor
 
+from countersign.services.auditor.case import Disclosed
 from countersign.services.auditor.cosigning import Cosigners, add_checkpoint
 from countersign.services.auditor.docket import Docket
 from countersign.services.auditor.examiner import Examiner
@@ -172,7 +173,7 @@ class AuditorService:
     async def Audit(self, request: AuditRequest, call: Call) -> AuditResponse:
         """Raises InvalidArgument for an unknown level, FailedPrecondition when the trusted key's file is unusable."""
         levels = [level_of(number) for number in request.levels]
-        return response_of(await self._examiner.audit(request.receipt, levels))
+        return response_of(await self._examiner.audit(Disclosed(request.receipt), levels))
 
     async def GetLog(self, request: GetLogRequest, call: Call) -> GetLogResponse:
         keys = self._books.keys
@@ -299,7 +300,7 @@ async def create(context: Context) -> AuditorService:
         await service.close()
         raise
     journal, ledger, keys = context.journal, books.ledger, books.keys
-    docket = Docket(books.log, ledger, keys.verdicts, journal.read, examiner.audit, wall_ms)
+    docket = Docket(books.log, ledger, keys, journal.read, examiner.audit, wall_ms)
     service.works(consumer, docket, Outbox(journal, ledger, keys))
     context.log.info("the log is served", extra={"url": site.url, "origin": keys.origin, "size": books.log.size})
     return service

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from requests_done import Entry, done
 
+from countersign.services.auditor.case import Disclosed
 from countersign.services.auditor.docket import Docket
 from countersign.services.auditor.intake import Intake
 from countersign.services.auditor.keys import Keys
@@ -75,10 +76,10 @@ class Fragile:
         return Fragile.crash_in < 0
 
 
-async def examine(receipt: bytes, levels: Sequence[Level]) -> AuditReport:
+async def examine(case: Disclosed, levels: Collection[Level] = ()) -> AuditReport:
     """All but the tokens, for which there is no model here."""
-    wanted: Sequence[Level] = levels or ("form", "count")
-    return audit(receipt, trusted_keys=[signing_key().public_key()], reference=None, levels=wanted)
+    wanted = levels or ("form", "count")
+    return audit(case.receipt, trusted_keys=[signing_key().public_key()], reference=None, levels=wanted)
 
 
 class Pipeline(RuleBasedStateMachine):
@@ -103,7 +104,7 @@ class Pipeline(RuleBasedStateMachine):
         trusted = [signing_key().public_key()]
         self.intake = Intake(log, ledger, lambda: trusted, lambda: self.now)  # type: ignore[arg-type]
         self.notary = Notary(log, ledger, self.keys, SHARE)  # type: ignore[arg-type]
-        self.docket = Docket(log, ledger, self.keys.verdicts, self.read, examine, lambda: self.now)  # type: ignore[arg-type]
+        self.docket = Docket(log, ledger, self.keys, self.read, examine, lambda: self.now)  # type: ignore[arg-type]
         self.attempt(self.intake.catch_up, self.notary.catch_up)
 
     def attempt(self, *steps: Callable[[], object]) -> bool:
