@@ -7,13 +7,13 @@ import logging
 
 from aiohttp import web
 
-from countersign.services.auditor.fetching import ask
 from countersign.services.auditor.ledger import Ledger
 from countersign.services.auditor.notary import Notary
 from countersign.services.auditor.peers import Peer
 from countersign.services.auditor.tlog_witness import SIZE_TYPE, encode_request, parse_request, parse_size
 from countersign.services.auditor.witness import Conflict, Cosigned, Elsewhere, Unproven, Witness, merged
 from countersign.services.runtime.errors import CountersignError, Unavailable
+from countersign.services.runtime.fetching import ask
 from countersign.verify.errors import BadSignature, Malformed, Untrusted, VerificationError
 from countersign.verify.log import checkpoint as notes
 from countersign.verify.log.store import TileLog

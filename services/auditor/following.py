@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 from urllib.parse import quote
 
-from countersign.services.auditor.fetching import ask
 from countersign.services.auditor.ledger import Ledger
 from countersign.services.auditor.peers import Peer
 from countersign.services.auditor.witness import Conflict, Cosigned, Unproven, Witness
 from countersign.services.runtime.errors import CountersignError, Unavailable
+from countersign.services.runtime.fetching import ask
 from countersign.verify.errors import VerificationError
 from countersign.verify.log.checkpoint import MAX_NOTE_BYTES, Checkpoint
 from countersign.verify.log.proofs import TileTree

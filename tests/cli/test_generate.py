@@ -363,6 +363,7 @@ async def test_each_command_explains_its_own_options(command: Command, name: str
         "audit": "--model",
         "calibrate": "--tokens",
         "receipt": "show",
+        "log": "prove",
         "up": "--set",
         "demo": "--json",
         "bench": "--quick",

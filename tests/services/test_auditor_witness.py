@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 
 from countersign.services.auditor.cosigning import Cosigners, add_checkpoint
-from countersign.services.auditor.fetching import ask
 from countersign.services.auditor.following import Follower
 from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Ledger, Logged
@@ -23,6 +22,7 @@ from countersign.services.auditor.web import LogSite
 from countersign.services.auditor.witness import Answer, Conflict, Cosigned, Elsewhere, Unproven, Witness, merged
 from countersign.services.runtime.config import AuditorConfig
 from countersign.services.runtime.errors import FailedPrecondition, Unavailable
+from countersign.services.runtime.fetching import ask
 from countersign.verify import merkle, statement
 from countersign.verify.equivocation import CONTENT_TYPE, Equivocation
 from countersign.verify.errors import Malformed, Untrusted, VerificationError

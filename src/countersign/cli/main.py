@@ -43,6 +43,9 @@ COMMANDS = {
     "audit": Lazy("countersign.cli.audit", ("audit",), "Check a receipt: its form, and its every token."),
     "calibrate": Lazy("countersign.cli.calibrate", ("calibrate",), "Measure what honest answers of a model score."),
     "receipt": Lazy("countersign.cli.audit", ("show",), "Look into a receipt.", group=True),
+    "log": Lazy(
+        "countersign.cli.log", ("status", "prove", "check"), "The log of all receipts, and proofs from it.", group=True
+    ),
     "up": Lazy("countersign.cli.up", ("up",), "Run the whole stack here until interrupted."),
     "bench": Lazy("countersign.cli.bench", ("bench",), "Measure; benchmarks of a checkout."),
     "spec": Lazy(
