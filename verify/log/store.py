@@ -61,7 +61,7 @@ class TileLog:
             LogFolderError: the folder cannot be used, another process has it open, or it is damaged.
         """
         with _usable(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            _make_durable_folder(folder)
             lock = _locked(folder)
             try:
                 log = TileLog(folder, lock, _journal_of(folder))
@@ -284,6 +284,14 @@ def _usable(folder: Path) -> Iterator[None]:
         raise LogFolderError(f"{error.filename or folder}: {error.strerror}") from error
     except Malformed as error:
         raise LogFolderError(f"{folder}: {error}; restore the folder from a copy") from error
+
+
+def _make_durable_folder(folder: Path) -> None:
+    """A folder, with those above it, that a power cut does not take away with all that is in it."""
+    fresh = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in fresh:
+        sync_folder(path.parent)
 
 
 def _locked(folder: Path) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from power import Disk
 
 from countersign.verify import merkle
 from countersign.verify.errors import LogFolderError, Malformed
@@ -296,6 +297,28 @@ def _append_until_it_fails(folder: Path) -> int:
     except LogFolderError:
         return 0
     return acknowledged
+
+
+def test_a_power_cut_after_any_sync_loses_nothing_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what was synced is left; the log is opened from that, at every moment while 840 entries go through three journals."""
+    monkeypatch.setattr(store, "JOURNAL_ENTRIES", 300)
+    (tmp_path / "disk").mkdir()
+    disk = Disk(tmp_path / "disk")
+    with disk.watching(), TileLog.open(tmp_path / "disk" / "a" / "log") as log:
+        for begin in range(0, 840, 70):
+            log.append(entries(begin, begin + 70))
+            disk.acknowledged = begin + 70
+            if begin % 210 == 0:
+                log.publish(note_of(log))
+    assert len(disk.moments) > 30
+    for moment in range(len(disk.moments)):
+        left = tmp_path / str(moment)
+        acknowledged = disk.left(moment, left)
+        with TileLog.open(left / "a" / "log") as log:
+            assert log.size >= acknowledged
+            assert log.root() == merkle.root(leaves(log.size))
+            assert [log.entry(index) for index in range(log.size)] == entries(0, log.size)
+        shutil.rmtree(left)
 
 
 def test_the_journal_is_short_and_starts_at_a_full_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
