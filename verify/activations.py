@@ -29,7 +29,7 @@ from countersign.verify.difr.level import Reference, arithmetic_of, check_compar
 from countersign.verify.difr.scores import Kept, teacher_forced
 from countersign.verify.difr.statistics import binomial_tail, mean_chance, mean_limit, tokens_needed
 from countersign.verify.errors import NotCheckable, OpeningMismatch
-from countersign.verify.fingerprints import Challenge, Opening, check, decode
+from countersign.verify.fingerprints import Challenge, Opening, check, decode, none_committed
 from countersign.verify.payload import Receipt
 from countersign.verify.receipt import Openings
 
@@ -105,8 +105,7 @@ def audit_activations(
     """
     signed = receipt.evidence.activations
     if signed is None:
-        check(receipt, (), ())
-        raise AssertionError("check refuses a receipt without fingerprints")
+        raise none_committed()
     check_comparable(reference, receipt)
     positions = challenge.positions
     if not positions or positions[-1] >= signed.count:
@@ -115,10 +114,10 @@ def audit_activations(
         raise OpeningMismatch(
             "the provider withholds its fingerprints: nothing was opened before the deadline", drawn=len(positions)
         )
-    opened = decode(challenge.answer)
-    check(receipt, opened, positions)
+    answer = decode(challenge.answer)
+    check(receipt, answer, positions)
     try:
-        found = distances(reference.model, openings, opened, signed.seed, signed.size, kept)
+        found = distances(reference.model, openings, answer.openings, signed.seed, signed.size, kept)
     except (EngineError, ValueError) as error:
         raise NotCheckable(f"the reference cannot compute these fingerprints: {error}") from error
     report = judge(found, tolerance_of(reference, receipt), complete=len(positions) == signed.count)

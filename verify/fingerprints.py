@@ -7,7 +7,7 @@ too, though nothing was computed from it. Fingerprints are bytes here: ``activat
 
     salt_i    HMAC-SHA256(salt_key, domain || u64(i))
     leaf i    SHA-256(0x00 || domain || u8(size of request_id) || request_id || u64(i) || u16(size) || bytes || salt_i)
-    answer    CBOR [[i, bytes, salt_i, path], ...] by rising i; path: the hashes up to the root, lowest first, joined
+    answer    CBOR [[[i, bytes, salt_i], ...] by rising i, the hashes of a multiproof (``multiproof``) joined]
 
 All integers are big-endian, the fp16 numbers of a fingerprint little-endian. A leaf's salt opens that leaf and no
 other; the fingerprints of a guessed text cannot be told from the root. This module needs neither torch nor the engine.
@@ -19,14 +19,16 @@ import hmac
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from countersign.verify import cbor, merkle
+from countersign.verify import cbor, merkle, multiproof
 from countersign.verify.errors import Malformed, NotCheckable, OpeningMismatch
 from countersign.verify.payload import Activations, Receipt
 
 MAX_OPENED = 512
-"""The most positions of one answer, five CBOR items each."""
-MAX_ANSWER_BYTES = 4 * 1024 * 1024
+"""The most positions of one answer, four CBOR items each."""
+MAX_ANSWER_BYTES = 1024 * 1024
+MAX_FINGERPRINT_BYTES = 2 * 128
 SEED = 0x636F756E74657273
 """Of the projection, the same for all receipts, so that nobody can look for one that hides a fault: "counters"."""
 
@@ -36,12 +38,19 @@ _SALT_SIZE = 32
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """One fingerprint and what binds it to the signed root."""
+    """One fingerprint and its salt."""
 
     index: int
     fingerprint: bytes = field(repr=False)
     salt: bytes = field(repr=False)
-    path: tuple[bytes, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Openings by rising index, and the hashes that bind them to the signed root."""
+
+    openings: tuple[Opening, ...]
+    proof: tuple[bytes, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +86,23 @@ def commit(request_id: str, fingerprints: Sequence[bytes], salt_key: bytes, seed
     return Activations("difr/v1", size // 2, "fp16", seed, len(fingerprints), root)
 
 
-def open_positions(
-    request_id: str, fingerprints: Sequence[bytes], salt_key: bytes, positions: Sequence[int]
-) -> tuple[Opening, ...]:
-    """The answer to a challenge. Raises IndexError where there is no such token."""
-    leaves = _leaves(request_id, fingerprints, salt_key)
-    return tuple(
-        Opening(i, fingerprints[i], _salt(salt_key, i), tuple(merkle.inclusion_path(leaves, i))) for i in positions
-    )
+def open_positions(request_id: str, fingerprints: Sequence[bytes], salt_key: bytes, positions: Sequence[int]) -> Answer:
+    """The answer to a challenge; positions rise.
+
+    Raises:
+        Malformed: they do not, or there is no such token.
+    """
+    proof = multiproof.hashes(_leaves(request_id, fingerprints, salt_key), _runs(positions))
+    return Answer(tuple(Opening(i, fingerprints[i], _salt(salt_key, i)) for i in positions), tuple(proof))
 
 
-def encode(openings: Sequence[Opening]) -> bytes:
+def encode(answer: Answer) -> bytes:
     """The answer's bytes."""
-    return cbor.dumps([[each.index, each.fingerprint, each.salt, b"".join(each.path)] for each in openings])
+    openings = [[each.index, each.fingerprint, each.salt] for each in answer.openings]
+    return cbor.dumps([openings, b"".join(answer.proof)])
 
 
-def decode(data: bytes) -> tuple[Opening, ...]:
+def decode(data: bytes) -> Answer:
     """What ``encode`` wrote.
 
     Raises:
@@ -101,32 +111,45 @@ def decode(data: bytes) -> tuple[Opening, ...]:
     if len(data) > MAX_ANSWER_BYTES:
         raise Malformed("larger than any answer to a challenge", limit=MAX_ANSWER_BYTES)
     match cbor.loads(data):
-        case [*items] if len(items) <= MAX_OPENED:
-            return tuple(_opening(item) for item in items)
-    raise Malformed("not a list of openings of fingerprints", most=MAX_OPENED)
+        case [[*items], bytes(proof)] if len(items) <= MAX_OPENED and len(proof) % merkle.HASH_SIZE == 0:
+            hashes = (proof[at : at + merkle.HASH_SIZE] for at in range(0, len(proof), merkle.HASH_SIZE))
+            return Answer(tuple(_opening(item) for item in items), tuple(hashes))
+    raise Malformed("not openings of fingerprints and their proof", most=MAX_OPENED)
 
 
-def check(receipt: Receipt, openings: Sequence[Opening], positions: Sequence[int]) -> None:
-    """Whether these openings are of the receipt, and just those that were asked for.
+def check(receipt: Receipt, answer: Answer, positions: Sequence[int]) -> None:
+    """Whether this answer is of the receipt, and opens just what was asked for.
 
     Raises:
         NotCheckable: the receipt commits to no fingerprints.
-        OpeningMismatch: something is missing, too much, or not what was signed.
+        Malformed, OpeningMismatch: something is missing, too much, or not what was signed.
     """
     signed = receipt.evidence.activations
     if signed is None:
-        raise NotCheckable(
-            "the receipt commits to no activation fingerprints",
-            help="ask for answers of a target with target.fingerprints above 0",
-        )
-    if [each.index for each in openings] != list(positions):
-        raise OpeningMismatch("other positions are opened than were drawn", drawn=len(positions), opened=len(openings))
-    for each in openings:
-        leaf = activation_leaf(receipt.request_id, each.index, each.fingerprint, each.salt)
-        if len(each.fingerprint) != 2 * signed.size or not merkle.verify_inclusion(
-            leaf, each.index, signed.count, each.path, signed.root
-        ):
-            raise OpeningMismatch("an opened fingerprint is not the signed one", position=each.index)
+        raise none_committed()
+    opened = answer.openings
+    if [each.index for each in opened] != list(positions):
+        raise OpeningMismatch("other positions are opened than were drawn", drawn=len(positions), opened=len(opened))
+    if any(len(each.fingerprint) != 2 * signed.size for each in opened):
+        raise OpeningMismatch("a fingerprint has another size than the signed ones", size=2 * signed.size)
+    leaves = [activation_leaf(receipt.request_id, each.index, each.fingerprint, each.salt) for each in opened]
+    if multiproof.root(signed.count, _runs(positions), leaves, answer.proof) != signed.root:
+        raise OpeningMismatch("the opened fingerprints are not the signed ones", positions=len(positions))
+
+
+def none_committed() -> NotCheckable:
+    """What is to be said of a receipt without fingerprints."""
+    return NotCheckable(
+        "the receipt commits to no activation fingerprints",
+        help="ask for answers of a target with target.fingerprints above 0",
+    )
+
+
+def _runs(positions: Sequence[int]) -> list[multiproof.Run]:
+    """Raises Malformed where they do not rise."""
+    if any(a >= b for a, b in pairwise(positions)):
+        raise Malformed("the positions do not rise")
+    return multiproof.union((position, position + 1) for position in positions)
 
 
 def _leaves(request_id: str, fingerprints: Sequence[bytes], salt_key: bytes) -> list[bytes]:
@@ -139,10 +162,7 @@ def _salt(salt_key: bytes, index: int) -> bytes:
 
 def _opening(item: object) -> Opening:
     match item:
-        case [int(index), bytes(fingerprint), bytes(salt), bytes(path)] if (
-            type(index) is int and index >= 0 and len(salt) == _SALT_SIZE and len(path) % merkle.HASH_SIZE == 0
-        ):
-            if len(fingerprint) <= 2 * 128 and len(path) <= merkle.MAX_PATH * merkle.HASH_SIZE:
-                hashes = (path[at : at + merkle.HASH_SIZE] for at in range(0, len(path), merkle.HASH_SIZE))
-                return Opening(index, fingerprint, salt, tuple(hashes))
-    raise Malformed("an opening of a fingerprint is not position, fingerprint, salt and path")
+        case [int(index), bytes(fingerprint), bytes(salt)] if type(index) is int and index >= 0:
+            if len(salt) == _SALT_SIZE and len(fingerprint) <= MAX_FINGERPRINT_BYTES:
+                return Opening(index, fingerprint, salt)
+    raise Malformed("an opening of a fingerprint is not position, fingerprint and salt")

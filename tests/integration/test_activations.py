@@ -62,7 +62,7 @@ async def test_whoever_has_fingerprints_of_another_answer_fails(stack: Running) 
 async def test_only_positions_of_a_signed_answer_are_opened(stack: Running) -> None:
     async with Client(stack.router) as client:
         answer = await ask(client)
-        assert [each.index for each in decode(await client.activations(answer.request_id, [39]))] == [39]
+        assert [each.index for each in decode(await client.activations(answer.request_id, [39])).openings] == [39]
         for positions in ((), (40,), (3, 3), (4, 3)):
             with pytest.raises(InvalidArgument, match="rising positions from 0 to 39"):
                 await client.activations(answer.request_id, positions)

@@ -546,7 +546,7 @@ class OpenActivationsResponse(_message.Message):
 
     OPENINGS_FIELD_NUMBER: _builtins.int
     openings: _builtins.bytes
-    """As verify/fingerprints reads it: each with its salt and its path to the signed root."""
+    """As verify/fingerprints reads it: each with its salt, and their proof to the signed root."""
     def __init__(
         self,
         *,
