@@ -252,15 +252,15 @@ class _Audit:
         return self.signed is not None and self.signed.receipt.output.hidden > 0
 
     def meaning(self) -> LevelReport:
-        if not self.hides:
-            return LevelReport("meaning", "pass", "no token is hidden")
         receipt, openings, reference = self._opened()
         from countersign.verify.coin.level import audit_meaning
 
         report = audit_meaning(reference(), receipt, openings)
         if report.doubts:
             return LevelReport("meaning", "inconclusive", "; ".join(report.doubts), report.figures, "look closer")
-        praise = f"the {receipt.output.hidden} hidden tokens read like reasoning for this answer"
+        hidden = receipt.output.hidden
+        praise = f"the {hidden} hidden tokens read like reasoning for this answer" if hidden else "nothing is hidden"
+        praise += f", {report.figures['excess_tokens']:.0f} tokens more than the text needs"
         return LevelReport("meaning", "pass", praise, report.figures)
 
 

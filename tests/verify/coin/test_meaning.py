@@ -113,6 +113,16 @@ def test_where_nothing_is_hidden_the_meaning_is_left_out_unless_it_is_asked_for(
     assert outcomes(audited(data, reference, "meaning"))["meaning"] == "pass"
 
 
+def test_visible_text_in_too_many_tokens_gives_doubt_as_well(reference: Reference, thought: Thought) -> None:
+    assert reference.tokenizer is not None
+    tools = Tools(4096, splits_of(reference.tokenizer.vocabulary()), lambda *_: [], lambda *_: 0.0, lambda one, _: one)
+    split = inflate("split", thought, 0.3, tools, Random(0)).hidden
+    data = sign(*example_receipt(thought.prompt, split, model=model_of(reference), asked=Asked()), KEY)
+    report = audited(data, reference, "meaning")
+    assert report.verdict == "inconclusive"
+    assert report.levels[-1].figures["excess_tokens"] > 20
+
+
 def test_nonsense_gives_doubt_and_no_failure(reference: Reference, thought: Thought) -> None:
     tools = Tools(4096, {}, lambda *_: [], lambda *_: 0.0, lambda one, _: one)
     report = audited(signed(reference, inflate("random", thought, 3.0, tools, Random(0))), reference, "meaning")
