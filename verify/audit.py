@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from countersign.verify.coin.counting import Drawn, counted
 from countersign.verify.errors import NotCheckable, Untrusted, VerificationError
 from countersign.verify.receipt import Openings, PartialOpenings, Receipt, ReceiptVerifier, SignedReceipt, parse
 from countersign.verify.trust import Trusted, TrustPolicy, TrustRules
@@ -41,7 +42,9 @@ _STANDS_ON: Mapping[Level, tuple[Level, ...]] = {
     "meaning": ("form", "count"),
 }
 
-_OPEN_HIDDEN = "only an auditor to whom the provider opens the hidden tokens can count and check them"
+_OPEN_HIDDEN = (
+    "have some drawn and opened (--open-hidden) to count them; only an auditor to whom all are opened can check them"
+)
 _SEVERITY: tuple[Outcome, ...] = ("pass", "inconclusive", "fail")
 
 
@@ -76,6 +79,7 @@ def audit(
     reference: Callable[[Dtype], Reference] | None,
     levels: Collection[Level] = (),
     challenge: Challenge | None = None,
+    drawn: Drawn | None = None,
 ) -> AuditReport:
     """Audits a receipt; never raises for what the bytes hold.
 
@@ -88,10 +92,11 @@ def audit(
         levels: The levels asked for; those that they stand on run too. None: all for which everything is given, meaning
             only where tokens are hidden.
         challenge: The positions that were drawn once the receipt was there, and the provider's fingerprints of them.
+        drawn: Hidden tokens that were drawn likewise, for the count level of a receipt that does not open them.
     """
     everything = not levels
     levels = levels or [level for level in LEVELS if challenge is not None or level != "activations"]
-    auditor = _Audit(data, policy or TrustPolicy(tuple(trusted_keys)), reference, challenge)
+    auditor = _Audit(data, policy or TrustPolicy(tuple(trusted_keys)), reference, challenge, drawn)
     reports: list[LevelReport] = []
     for level in (one for one in LEVELS if any(one in (asked, *_STANDS_ON[asked]) for asked in levels)):
         if level == "meaning" and everything and not auditor.hides:
@@ -144,12 +149,14 @@ class _Audit:
         policy: TrustPolicy,
         reference: Callable[[Dtype], Reference] | None,
         challenge: Challenge | None,
+        drawn: Drawn | None,
     ) -> None:
         self._data = data
         self._policy = policy
         self._reference = reference
         self._challenge = challenge
         self._kept: Kept | None = None
+        self._drawn = drawn
         self._openings: Openings | None = None
         self.signed: SignedReceipt | None = None
         self.scores: tuple[TokenScore, ...] = ()
@@ -165,7 +172,7 @@ class _Audit:
             raise NotCheckable("the receipt was not read")
         opened = ReceiptVerifier(()).count(self.signed)
         if isinstance(opened, PartialOpenings):
-            return _partly_counted(self.signed.receipt)
+            return _partly_counted(self.signed, self._drawn)
         self._openings = opened
         prompt, output = len(opened.prompt_token_ids), len(opened.output_token_ids)
         figures = {
@@ -264,20 +271,28 @@ class _Audit:
         return LevelReport("meaning", "pass", praise, report.figures)
 
 
-def _partly_counted(receipt: Receipt) -> LevelReport:
-    """The visible tokens are the signed ones; that there are tokens behind the hidden leaves is not known."""
-    request, output = receipt.request, receipt.output
+def _partly_counted(signed: SignedReceipt, drawn: Drawn | None) -> LevelReport:
+    """The visible tokens are the signed ones; that there are tokens behind the hidden leaves only a draw can show."""
+    request, output = signed.receipt.request, signed.receipt.output
     figures = {
         "prompt_tokens": float(request.prompt_tokens),
         "output_tokens": float(output.tokens),
         "visible_tokens": float(output.visible),
         "hidden_tokens": float(output.hidden),
     }
+    seen = f"the {output.visible} visible tokens and the prompt are those signed for"
+    if drawn is None:
+        summary = f"{seen}; {output.hidden} hidden tokens are signed for too, but nobody has counted them here"
+        return LevelReport("count", "inconclusive", summary, figures, _OPEN_HIDDEN)
+    count = counted(signed, drawn)
+    figures |= {"opened_leaves": float(count.opened), "power": count.power}
     summary = (
-        f"the {output.visible} visible tokens and the prompt are those signed for; {output.hidden} hidden tokens are "
-        "signed for too, but nobody has counted them here"
+        f"{seen}; of {output.hidden} hidden leaves {count.opened} drawn ones hold tokens, which would have met a "
+        f"quarter of empty ones with a chance of {count.power:.1%}"
     )
-    return LevelReport("count", "inconclusive", summary, figures, _OPEN_HIDDEN)
+    if count.enough:
+        return LevelReport("count", "pass", summary, figures)
+    return LevelReport("count", "inconclusive", summary, figures, "have more leaves opened")
 
 
 def _praise_form(trusted: Trusted) -> str:

@@ -13,6 +13,11 @@ def request_of(subject: str) -> str:
     return subject.rpartition(".")[2]
 
 
+def draw_subject(request_id: str) -> str:
+    """The beacon of the one draw of its hidden tokens."""
+    return f"cs.v1.draw.{request_id}"
+
+
 def receipt_subject(request_id: str) -> str:
     """Its receipt, without openings."""
     return f"cs.v1.receipt.{request_id}"

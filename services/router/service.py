@@ -18,6 +18,7 @@ from countersign.services.protocol.events import ClosedAlready, Settled
 from countersign.services.protocol.opener import Opener
 from countersign.services.protocol.subjects import commit_subject, request_of
 from countersign.services.router import admission
+from countersign.services.router.drawing import Draws
 from countersign.services.router.following import Follower
 from countersign.services.router.placing import Placer
 from countersign.services.router.receipts import Receipts
@@ -54,6 +55,8 @@ from countersign.v1.router_pb2 import (
     OnDisconnect,
     OpenActivationsRequest,
     OpenActivationsResponse,
+    OpenHiddenRequest,
+    OpenHiddenResponse,
     ResumeRequest,
     ResumeResponse,
     TokenizeRequest,
@@ -80,6 +83,7 @@ class RouterService:
         self._bus = context.bus
         self._journal = context.journal
         self._receipts = Receipts(context.journal)
+        self._draws = Draws(context.journal, self._config.open_hidden)
         self._text = Text(context.bus)
         self._placer = Placer(context)
         announcer = Announcer(context.bus if context.config.sidecar.enabled else None, context.instance)
@@ -193,6 +197,22 @@ class RouterService:
         return OpenActivationsResponse(
             openings=self._receipts.activations(_signed_log(request.request_id, entries), request.positions)
         )
+
+    async def OpenHidden(self, request: OpenHiddenRequest, call: Call) -> OpenHiddenResponse:
+        """Only once the receipt is signed, and one draw for each request.
+
+        Raises:
+            InvalidArgument: BAD_BEACON.
+            NotFound: UNKNOWN_REQUEST, of a log that was not kept as well.
+            FailedPrecondition: NOT_ENDED, NO_RECEIPT, NOTHING_HIDDEN, NOT_OPENED, ALREADY_DRAWN.
+        """
+        admission.check_request_id(request.request_id)
+        entries = await self._journal.read(commit_subject(request.request_id))
+        if not entries:
+            raise _unknown(request.request_id)
+        log = _signed_log(request.request_id, entries)
+        leaves, openings = await self._draws.opened(log, await self._receipts.of(log), request.beacon)
+        return OpenHiddenResponse(leaves=leaves, openings=openings)
 
     async def Tokenize(self, request: TokenizeRequest, call: Call) -> TokenizeResponse:
         """Raises InvalidArgument(EMPTY_PROMPT, PROMPT_TOO_LONG)."""

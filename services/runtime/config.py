@@ -53,6 +53,7 @@ DraftDtype = Annotated[Literal["fp32", "bf16", "int8"], msgspec.Meta(description
 Numerics = Annotated[Literal["invariant", "fast"], msgspec.Meta(description="invariant or fast")]
 Role = Annotated[Literal["mixed", "prefill", "decode"], msgspec.Meta(description="mixed, prefill or decode")]
 Reuse = Annotated[Literal["off", "pie", "blend"], msgspec.Meta(description="off, pie or blend")]
+Leaves = Annotated[int, msgspec.Meta(ge=0, le=4096, description="an integer from 0 to 4096")]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1, description="a number above 0, at most 1")]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1, description="a number from 0 to 1")]
 Number = Annotated[float, msgspec.Meta(ge=0, le=1e9, description="a number, 0 or more")]
@@ -131,6 +132,7 @@ class RouterConfig:
     split_timeout_ms: Milliseconds = 30_000  # then whoever answers computes what is missing
     full_prompt_tokens: Count = 8192  # that wait at one target: others get the next prompt
     full_requests: Count = 64  # at one target: mixed ones get the next request
+    open_hidden: Leaves = 16  # hidden tokens of an answer that a draw opens, at most a quarter of them; 0: none
 
 
 @dataclass(frozen=True, slots=True)

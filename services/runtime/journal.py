@@ -6,6 +6,7 @@ mean is not known here.
 
     CS_COMMITS    cs.v1.commit.<id>     kept for a set time; each entry also goes out on cs.v1.committed.<id>
     CS_RECEIPTS   cs.v1.receipt.<id>    kept
+    CS_DRAWS      cs.v1.draw.<id>       kept as long as the log
     CS_AUDITS     what auditors sign    kept
                   cs.v1.checkpoint.<log>.<size>, .verdict.<auditor>.<receipt>, .equivocation.<auditor>.<evidence>
 """
@@ -39,14 +40,16 @@ from countersign.services.runtime.errors import (
 )
 from countersign.services.runtime.jetstream import STREAM_EXISTS, WrongSequence, header, is_status, reply_of, status_of
 
-__all__ = ["AUDITS", "COMMITS", "RECEIPTS", "Entry", "Journal", "WrongSequence"]
+__all__ = ["AUDITS", "COMMITS", "DRAWS", "RECEIPTS", "Entry", "Journal", "WrongSequence"]
 
 COMMITS = "CS_COMMITS"
 RECEIPTS = "CS_RECEIPTS"
 AUDITS = "CS_AUDITS"
+DRAWS = "CS_DRAWS"
 _COMMIT = "cs.v1.commit."
 _COMMITTED = "cs.v1.committed."
 _RECEIPT = "cs.v1.receipt."
+_DRAW = "cs.v1.draw."
 _SIGNED = ("cs.v1.checkpoint.", "cs.v1.verdict.", "cs.v1.equivocation.")
 
 _BATCH = {"batch": 1000, "max_bytes": 8 << 20}
@@ -95,7 +98,9 @@ class Journal:
         )
         receipts = StreamConfig(name=RECEIPTS, subjects=[f"{_RECEIPT}*"])
         audits = StreamConfig(name=AUDITS, subjects=[f"{kind}*.*" for kind in _SIGNED])
-        for stream in (commits, receipts, audits):
+        # A draw stands as long as the log is there that it opens.
+        draws = StreamConfig(name=DRAWS, subjects=[f"{_DRAW}*"], max_age=config.commit_retention_s)
+        for stream in (commits, receipts, audits, draws):
             await self._ensure(
                 stream.evolve(
                     storage=StorageType.FILE,
@@ -308,9 +313,10 @@ def _place(msg: Msg) -> tuple[int, int]:
 
 
 def _stream(subject: str) -> str:
-    for prefix, stream in ((_COMMIT, COMMITS), (_RECEIPT, RECEIPTS), *((kind, AUDITS) for kind in _SIGNED)):
+    kinds = ((_COMMIT, COMMITS), (_RECEIPT, RECEIPTS), (_DRAW, DRAWS), *((kind, AUDITS) for kind in _SIGNED))
+    for prefix, stream in kinds:
         if subject.startswith(prefix):
             return stream
     raise InvalidArgument(
-        f"{subject} belongs to no stream: {_COMMIT}<id> and {_RECEIPT}<id> do, and what auditors sign"
+        f"{subject} belongs to no stream: {_COMMIT}<id>, {_RECEIPT}<id> and {_DRAW}<id> do, and what auditors sign"
     )

@@ -239,6 +239,16 @@ class Client:
         reply = await self._channel.unary(method, request, router_pb2.OpenActivationsResponse, UNARY_TIMEOUT_S)
         return reply.openings
 
+    async def open_hidden(self, request_id: str, beacon: bytes) -> tuple[int, bytes]:
+        """Hidden tokens of a request whose receipt is signed, at leaves that the beacon draws: how many leaves the
+        deployment opens of this answer, and they; see ``countersign.verify.coin.challenge``. Make the beacon of 32
+        random bytes once you have the receipt; the first one stands.
+        """
+        request = router_pb2.OpenHiddenRequest(request_id=wire.text("request_id", request_id), beacon=beacon)
+        method = f"{_SERVICE}/OpenHidden"
+        reply = await self._channel.unary(method, request, router_pb2.OpenHiddenResponse, UNARY_TIMEOUT_S)
+        return reply.leaves, reply.openings
+
     async def tokenize(self, text: str) -> Sequence[int]:
         """The token ids that ``generate`` makes of a text."""
         request = router_pb2.TokenizeRequest(text=wire.text("text", text))

@@ -58,6 +58,9 @@ class Router:
     ) -> router_pb2.OpenActivationsResponse:
         raise NotImplementedError
 
+    async def OpenHidden(self, request: router_pb2.OpenHiddenRequest, call: Call) -> router_pb2.OpenHiddenResponse:
+        raise NotImplementedError
+
     async def Tokenize(self, request: router_pb2.TokenizeRequest, call: Call) -> router_pb2.TokenizeResponse:
         if request.text == "unreadable":
             raise InvalidArgument("no", reason="EMPTY_PROMPT")

@@ -90,6 +90,9 @@ class ScriptedRouter:
     ) -> router_pb2.OpenActivationsResponse:
         raise NotImplementedError
 
+    async def OpenHidden(self, request: router_pb2.OpenHiddenRequest, call: Call) -> router_pb2.OpenHiddenResponse:
+        raise NotImplementedError
+
     async def Tokenize(self, request: router_pb2.TokenizeRequest, call: Call) -> router_pb2.TokenizeResponse:
         raise NotImplementedError
 

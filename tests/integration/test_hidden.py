@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import secrets
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,20 +13,21 @@ from pathlib import Path
 import pytest
 from stacks import Running, start_stack, stop_stack
 
-from countersign.client import Client, Event, Finished, Hidden, Tokens
+from countersign.client import Answer, Client, Event, Finished, Hidden, Tokens
 from countersign.services.engine.text import Tokenizer
 from countersign.services.protocol.commit import LogState, replay
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument
 from countersign.services.runtime.journal import Journal
 from countersign.verify.audit import audit
 from countersign.verify.coin import challenge
 from countersign.verify.coin.challenge import Demand
+from countersign.verify.coin.counting import Drawn
 from countersign.verify.difr import load_reference
 from countersign.verify.keys import load_public
 from countersign.verify.logged import openings_of
 from countersign.verify.receipt import PartialOpenings, attach, parse
-from countersign.verify.segments import hidden_runs
 
 # Docstrings stand in for thoughts: they are hidden from their quotes to the first full stop.
 BEGIN, END = '"""', "."
@@ -77,12 +81,49 @@ async def test_reasoning_is_billed_signed_and_counted_but_not_shown(
     )
     assert opened.verdict == "pass", opened
 
-    # And whoever has the receipt can draw leaves, which the provider can open without the rest.
-    asked = challenge.draw(mine, secrets.token_bytes(32), Demand(leaves=3))
-    found = challenge.check(mine, asked, challenge.respond(request_id, openings_of(log), asked))
-    assert {log.token_ids[position] == token for position, token in found.items()} == {True}
-    runs = hidden_runs(mine.receipt.output.segments)
-    assert all(any(start <= leaf < stop for start, stop in runs) for leaf in asked.leaves)
+
+async def test_hidden_tokens_are_drawn_and_opened_once_so_that_a_client_can_count_them(hiding: Running) -> None:
+    async with Client(hiding.router) as client:
+        answer = await thoughtful(client)
+        beacon = secrets.token_bytes(32)
+        leaves, openings = await client.open_hidden(answer.request_id, beacon)
+        assert await client.open_hidden(answer.request_id, beacon) == (leaves, openings)
+        with pytest.raises(FailedPrecondition) as again:
+            await client.open_hidden(answer.request_id, secrets.token_bytes(32))
+        with pytest.raises(InvalidArgument) as short:
+            await client.open_hidden(answer.request_id, b"short")
+        few = await client.complete(PROMPT, max_tokens=7, temperature=0.0)
+        assert (await client.open_hidden(few.request_id, beacon))[0] == 1, "at most a quarter is opened"
+        plain = await client.complete("x = 1", max_tokens=2, temperature=0.0)
+        with pytest.raises(FailedPrecondition) as nothing:
+            await client.open_hidden(plain.request_id, beacon)
+    reasons = [error.value.reason for error in (again, short, nothing)]
+    assert reasons == ["ALREADY_DRAWN", "BAD_BEACON", "NOTHING_HIDDEN"]
+    log = await log_of(hiding, answer.request_id)
+    mine = parse(answer.receipt)
+    asked = challenge.draw(mine, beacon, Demand(leaves=leaves))
+    assert leaves == len(asked.leaves) == 16
+    found = challenge.check(mine, asked, challenge.decode(openings))
+    assert found == {position: log.token_ids[position] for position in found}
+    drawn = Drawn(beacon, Demand(leaves=leaves), openings)
+    keys = [load_public(hiding.data_dir / "keys" / "receipts.pub")]
+    report = audit(answer.receipt, trusted_keys=keys, reference=None, levels=["count"], drawn=drawn)
+    assert report.verdict == "pass", report
+
+
+async def test_the_command_line_has_hidden_tokens_opened(hiding: Running, tmp_path: Path) -> None:
+    async with Client(hiding.router) as client:
+        answer = await thoughtful(client)
+    file = tmp_path / "receipt.cose"
+    file.write_bytes(answer.receipt)
+    command = [str(Path(sys.executable).parent / "countersign"), "audit", str(file), "--level", "count", "--json"]
+    command += ["--data-dir", str(hiding.data_dir)]
+    verdicts = []
+    for options in ([], ["--open-hidden"]):
+        process = await asyncio.create_subprocess_exec(*command, *options, stdout=asyncio.subprocess.PIPE)
+        out, _ = await asyncio.wait_for(process.communicate(), 60)
+        verdicts.append(json.loads(out)["verdict"])
+    assert verdicts == ["inconclusive", "pass"]
 
 
 async def test_a_prompt_that_ends_inside_a_thought_hides_the_answer_from_its_first_token(hiding: Running) -> None:
@@ -101,6 +142,15 @@ async def test_what_is_hidden_never_reaches_the_client(hiding: Running, demo_mod
     assert not answer.text.startswith(secret)
     assert log.opened is not None
     assert log.opened.salt_key not in answer.receipt
+
+
+async def thoughtful(client: Client) -> Answer:
+    """An answer with 64 hidden tokens or more."""
+    for seed in range(40):
+        answer = await client.complete(PROMPT, max_tokens=120, temperature=0.9, seed=seed)
+        if answer.usage.output_tokens - len(answer.tokens) >= 64:
+            return answer
+    raise AssertionError("the model never thinks for long")
 
 
 def told(events: list[Event], position: int) -> tuple[dict[int, int], int]:

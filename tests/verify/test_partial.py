@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from countersign.verify import envelope, partial, payload
-from countersign.verify.audit import audit
+from countersign.verify import envelope, multiproof, partial, payload
+from countersign.verify.audit import LevelReport, audit
+from countersign.verify.coin import challenge, forgeries
+from countersign.verify.coin.challenge import Demand
+from countersign.verify.coin.counting import Drawn
 from countersign.verify.errors import Inconsistent, OpeningMismatch, VerificationError
 from countersign.verify.receipt import (
     HiddenMarkers,
@@ -139,6 +143,60 @@ def test_the_audit_of_a_client_s_receipt_says_what_nobody_has_counted() -> None:
     assert report.verdict == "inconclusive"
     assert report.levels[1].figures["hidden_tokens"] == 5
     assert "hidden tokens are not disclosed" in report.levels[2].summary
+
+
+def drawn(leaves: int, name: forgeries.Name | None = None) -> tuple[bytes, Drawn]:
+    """A client's copy with 40 hidden tokens, or 40 and 60 that are not there, and the provider's answer to a draw."""
+    receipt, opened = example((1, *range(5000, 5038), 2, 8, 7))
+    data = attach(strip(sign(receipt, opened, KEY)), withheld(receipt, opened))
+    beacon, demand = bytes(range(32)), Demand(leaves=leaves)
+    if name is None:
+        response = challenge.respond("example-1", opened, challenge.draw(parse(data), beacon, demand))
+        return data, Drawn(beacon, demand, challenge.encode(response))
+    forged = forgeries.forge(name, receipt, opened, (0, 40), 60)
+    visible = [(100, 102)]
+    hashes = tuple(multiproof.hashes(forged.leaves, visible))
+    shown = partial.LeafOpenings(tuple(forged.token_ids[100:]), tuple(forged.salts[100:]), hashes)
+    changed = replace(
+        forged.receipt,
+        request=replace(receipt.request, max_tokens=102),
+        evidence=replace(receipt.evidence, passes=102),
+    )
+    data = forge(changed, replace(partial.withhold(opened, "example-1", [(40, 42)]), leaves=shown))
+    response = forged.respond(challenge.draw(parse(data), beacon, demand))
+    return data, Drawn(beacon, demand, challenge.encode(response))
+
+
+def counted(data: bytes, answer: Drawn) -> LevelReport:
+    report = audit(data, trusted_keys=[KEY.public_key()], reference=None, levels=["count"], drawn=answer)
+    return report.levels[-1]
+
+
+def test_a_client_counts_hidden_tokens_by_a_draw() -> None:
+    level = counted(*drawn(16))
+    assert (level.level, level.outcome) == ("count", "pass")
+    assert level.figures["opened_leaves"] == 16
+    assert math.isclose(level.figures["power"], 1 - math.comb(30, 16) / math.comb(40, 16))
+
+
+def test_a_draw_of_few_leaves_is_too_little_to_say() -> None:
+    level = counted(*drawn(3))
+    assert level.outcome == "inconclusive"
+    assert level.figures["power"] < 0.9
+
+
+def test_empty_leaves_among_the_hidden_are_met_by_a_draw() -> None:
+    data, answer = drawn(16, "empty")
+    assert audit(data, trusted_keys=[KEY.public_key()], reference=None, levels=["count"]).verdict == "inconclusive"
+    assert counted(data, answer).outcome == "fail"
+
+
+def test_the_answer_to_another_draw_is_refused() -> None:
+    data, answer = drawn(16)
+    assert counted(data, replace(answer, beacon=bytes(32))).outcome == "fail"
+    assert counted(data, replace(answer, demand=Demand(leaves=15))).outcome == "fail"
+    assert counted(data, replace(answer, demand=Demand(leaves=2**32))).outcome == "fail"
+    assert counted(data, replace(answer, openings=b"")).outcome == "fail"
 
 
 def test_an_auditor_with_full_openings_counts_the_hidden_tokens() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from countersign.services.engine.text import Tokenizer
     from countersign.services.runtime.config import Config
     from countersign.verify.audit import AuditReport, Dtype
+    from countersign.verify.coin.counting import Drawn
     from countersign.verify.difr import Reference
     from countersign.verify.fingerprints import Challenge
     from countersign.verify.receipt import SignedReceipt
@@ -70,6 +71,9 @@ def audit(
     positions: Annotated[
         int, typer.Option(help="Fingerprints that level activations asks the provider for.", min=1, max=512)
     ] = 16,
+    open_hidden: Annotated[
+        bool, typer.Option("--open-hidden", help="Draw hidden tokens and have the provider open them, to count them.")
+    ] = False,
     router: Annotated[
         str, typer.Option(help="Address of the router to ask.", metavar="HOST:PORT", envvar=ROUTER_VARIABLE)
     ] = "",
@@ -95,10 +99,11 @@ def audit(
         data = _read(receipt)
         asked = LevelName.ACTIVATIONS in (level or ())
         challenge = _challenge(data, positions, router, data_dir) if asked else None
+        drawn = _drawn(data, router, data_dir) if open_hidden else None
         config = _config(data_dir)
         policy = _policy(_trusted_keys(key, config), log_key or (), witness_key or (), quorum)
         references = _References(model or config.auditor.model)
-        report = _report(data, challenge, policy, references, level)
+        report = _report(data, challenge, drawn, policy, references, level)
         if html is not None:
             _write_page(html, receipt.name, report, references)
     except _Unreadable as error:
@@ -168,9 +173,40 @@ def _challenge(data: bytes, count: int, router: str, data_dir: Path | None) -> C
         raise _Unreadable(f"the provider did not open its fingerprints: {error}") from error
 
 
+def _drawn(data: bytes, router: str, data_dir: Path | None) -> Drawn | None:
+    """Hidden tokens that are drawn here and now, from the provider; None where none are left to open."""
+    import asyncio
+
+    from countersign.client import Client
+    from countersign.verify import sampling
+    from countersign.verify.coin.challenge import Demand
+    from countersign.verify.coin.counting import Drawn
+    from countersign.verify.errors import VerificationError
+    from countersign.verify.receipt import PartialOpenings, parse
+
+    try:
+        signed = parse(data)
+    except VerificationError:
+        return None  # the form level says so
+    if not isinstance(signed.openings, PartialOpenings):
+        return None
+    beacon = os.urandom(sampling.DIGEST_SIZE)
+
+    async def ask() -> tuple[int, bytes]:
+        async with Client(router or router_address(data_dir)) as client:
+            return await client.open_hidden(signed.receipt.request_id, beacon)
+
+    try:
+        leaves, openings = asyncio.run(ask())
+    except CountersignError as error:
+        raise _Unreadable(f"the provider did not open its hidden tokens: {error}") from error
+    return Drawn(beacon, Demand(leaves=leaves), openings)
+
+
 def _report(
     data: bytes,
     challenge: Challenge | None,
+    drawn: Drawn | None,
     policy: TrustPolicy,
     references: _References,
     level: Sequence[LevelName] | None,
@@ -183,6 +219,7 @@ def _report(
         reference=references.load,
         levels=[name.value for name in level or ()],
         challenge=challenge,
+        drawn=drawn,
     )
 
 

@@ -561,6 +561,58 @@ class OpenActivationsResponse(_message.Message):
 Global___OpenActivationsResponse: _TypeAlias = OpenActivationsResponse  # noqa: Y015
 
 @_typing.final
+class OpenHiddenRequest(_message.Message):
+    """Which draw."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    BEACON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    beacon: _builtins.bytes
+    """32 random bytes, chosen once the receipt is there."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        beacon: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beacon", b"beacon", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenHiddenRequest: _TypeAlias = OpenHiddenRequest  # noqa: Y015
+
+@_typing.final
+class OpenHiddenResponse(_message.Message):
+    """The drawn tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAVES_FIELD_NUMBER: _builtins.int
+    OPENINGS_FIELD_NUMBER: _builtins.int
+    leaves: _builtins.int
+    """How many leaves this deployment opens of the answer."""
+    openings: _builtins.bytes
+    """As verify/coin/challenge reads it: token ids, salts, and the hashes of all others."""
+    def __init__(
+        self,
+        *,
+        leaves: _builtins.int = ...,
+        openings: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leaves", b"leaves", "openings", b"openings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenHiddenResponse: _TypeAlias = OpenHiddenResponse  # noqa: Y015
+
+@_typing.final
 class TokenizeRequest(_message.Message):
     """A prompt."""
 

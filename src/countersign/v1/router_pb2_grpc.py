@@ -60,6 +60,11 @@ class RouterServiceStub:
                 request_serializer=countersign_dot_v1_dot_router__pb2.OpenActivationsRequest.SerializeToString,
                 response_deserializer=countersign_dot_v1_dot_router__pb2.OpenActivationsResponse.FromString,
                 _registered_method=True)
+        self.OpenHidden = channel.unary_unary(
+                '/countersign.v1.RouterService/OpenHidden',
+                request_serializer=countersign_dot_v1_dot_router__pb2.OpenHiddenRequest.SerializeToString,
+                response_deserializer=countersign_dot_v1_dot_router__pb2.OpenHiddenResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/countersign.v1.RouterService/Tokenize',
                 request_serializer=countersign_dot_v1_dot_router__pb2.TokenizeRequest.SerializeToString,
@@ -111,6 +116,14 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenHidden(self, request, context):
+        """Opens hidden tokens of a request that has ended, at positions that the caller's beacon draws now that the receipt is
+        signed. The first draw of a request stands: another beacon would show other tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """The token ids of a text, as Generate has them: for clients that plan by prefixes.
         """
@@ -152,6 +165,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.OpenActivations,
                     request_deserializer=countersign_dot_v1_dot_router__pb2.OpenActivationsRequest.FromString,
                     response_serializer=countersign_dot_v1_dot_router__pb2.OpenActivationsResponse.SerializeToString,
+            ),
+            'OpenHidden': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenHidden,
+                    request_deserializer=countersign_dot_v1_dot_router__pb2.OpenHiddenRequest.FromString,
+                    response_serializer=countersign_dot_v1_dot_router__pb2.OpenHiddenResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -300,6 +318,33 @@ class RouterService:
             '/countersign.v1.RouterService/OpenActivations',
             countersign_dot_v1_dot_router__pb2.OpenActivationsRequest.SerializeToString,
             countersign_dot_v1_dot_router__pb2.OpenActivationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenHidden(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/countersign.v1.RouterService/OpenHidden',
+            countersign_dot_v1_dot_router__pb2.OpenHiddenRequest.SerializeToString,
+            countersign_dot_v1_dot_router__pb2.OpenHiddenResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,10 @@ class RouterServiceStub:
     """The signed receipt of a request that has ended."""
     OpenActivations: _grpc.UnaryUnaryMultiCallable[_router_pb2.OpenActivationsRequest, _router_pb2.OpenActivationsResponse]
     """Opens activation fingerprints of a request that has ended, at positions that were drawn after its receipt was signed."""
+    OpenHidden: _grpc.UnaryUnaryMultiCallable[_router_pb2.OpenHiddenRequest, _router_pb2.OpenHiddenResponse]
+    """Opens hidden tokens of a request that has ended, at positions that the caller's beacon draws now that the receipt is
+    signed. The first draw of a request stands: another beacon would show other tokens.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_router_pb2.TokenizeRequest, _router_pb2.TokenizeResponse]
     """The token ids of a text, as Generate has them: for clients that plan by prefixes."""
     GetInfo: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetInfoRequest, _router_pb2.GetInfoResponse]
@@ -63,6 +67,10 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """The signed receipt of a request that has ended."""
     OpenActivations: _aio.UnaryUnaryMultiCallable[_router_pb2.OpenActivationsRequest, _router_pb2.OpenActivationsResponse]  # type: ignore[assignment]
     """Opens activation fingerprints of a request that has ended, at positions that were drawn after its receipt was signed."""
+    OpenHidden: _aio.UnaryUnaryMultiCallable[_router_pb2.OpenHiddenRequest, _router_pb2.OpenHiddenResponse]  # type: ignore[assignment]
+    """Opens hidden tokens of a request that has ended, at positions that the caller's beacon draws now that the receipt is
+    signed. The first draw of a request stands: another beacon would show other tokens.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_router_pb2.TokenizeRequest, _router_pb2.TokenizeResponse]  # type: ignore[assignment]
     """The token ids of a text, as Generate has them: for clients that plan by prefixes."""
     GetInfo: _aio.UnaryUnaryMultiCallable[_router_pb2.GetInfoRequest, _router_pb2.GetInfoResponse]  # type: ignore[assignment]
@@ -110,6 +118,16 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.OpenActivationsResponse, _abc.Awaitable[_router_pb2.OpenActivationsResponse]]:
         """Opens activation fingerprints of a request that has ended, at positions that were drawn after its receipt was signed."""
+
+    @_abc_1.abstractmethod
+    def OpenHidden(
+        self,
+        request: _router_pb2.OpenHiddenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.OpenHiddenResponse, _abc.Awaitable[_router_pb2.OpenHiddenResponse]]:
+        """Opens hidden tokens of a request that has ended, at positions that the caller's beacon draws now that the receipt is
+        signed. The first draw of a request stands: another beacon would show other tokens.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(
