@@ -157,9 +157,12 @@ class AuditorService:
     async def run(self) -> None:
         """Work for ever. Raises DataLoss where log, ledger and keys are not of each other."""
         await asyncio.to_thread(self._catch_up)
-        async with asyncio.TaskGroup() as group:
-            for work in self._work:
-                group.create_task(self._patiently(work))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for work in self._work:
+                    group.create_task(self._patiently(work))
+        except* CountersignError as failed:
+            raise failed.exceptions[0] from None  # the process says it in one line
         await asyncio.Event().wait()
 
     async def close(self) -> None:
@@ -271,12 +274,12 @@ class AuditorService:
             await asyncio.sleep(self._config.follow_s)
 
     async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Try again while bus or ledger do not answer."""
+        """Try again while bus, ledger or a key file cannot be used."""
         while True:
             try:
                 await work()
-            except (Unavailable, DeadlineExceeded) as error:
-                self._logger.warning("waiting for what does not answer error=%s", error)
+            except (Unavailable, DeadlineExceeded, FailedPrecondition) as error:
+                self._logger.warning("waiting for what cannot be used error=%s", error)
             await asyncio.sleep(RETRY_S)
 
 
