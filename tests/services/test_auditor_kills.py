@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -130,6 +131,49 @@ async def published_sizes(journal: Journal, keys: Keys, log: TileLog) -> dict[in
 
 async def test_an_auditor_that_is_killed_loses_no_receipt_and_enters_none_twice(tmp_path: Path, bus: Bus) -> None:
     await hurt(tmp_path / "data", bus, kills=4, a_life=12)
+
+
+async def test_a_witness_that_is_killed_in_between_cosigns_what_the_log_has_in_the_end(
+    tmp_path: Path, bus: Bus
+) -> None:
+    journal = Journal(bus)
+    await journal.ensure_streams(NatsConfig())
+    folders = {name: tmp_path / name for name in ("log", "witness")}
+    keys = {name: Keys.load(folder / "keys") for name, folder in folders.items()}
+    write_public(folders["log"] / "keys" / "receipts.pub", signing_key().public_key())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    follow = (f"auditor.follow={keys['log'].log_key.encode()}", f"auditor.http_listen={listen}")
+    asks = f"auditor.witnesses={keys['witness'].witness_key.encode()} http://{listen}"
+    often = ("auditor.share=0", "auditor.checkpoint_s=0.05", "auditor.follow_s=0.1")
+    witness = AuditorProcess(folders["witness"], bus._url, *follow)
+    log = AuditorProcess(folders["log"], bus._url, asks, *often)
+    try:
+        witness.start()
+        log.start()
+        for number in range(12):
+            await publish(journal, done(f"r{number}"))
+            if number == 6:
+                witness.kill()
+        witness.start()
+        subject, trusted = (
+            f"cs.v1.checkpoint.{keys['log'].log_name}.12",
+            (keys["log"].log_key, keys["witness"].witness_key),
+        )
+        async with asyncio.timeout(END_S):
+            while True:
+                entry = await journal.last(subject)
+                if entry is not None and len(notes.verify(entry.data, trusted).signers) == 2:
+                    break
+                await asyncio.sleep(0.1)
+        assert log.stop() == witness.stop() == 0
+    finally:
+        log.kill()
+        witness.kill()
+    ledger = Ledger.open(f"sqlite:///{folders['witness']}/auditor/ledger.db")
+    assert ledger.counts().conflicts == 0
+    ledger.close()
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+from aiohttp import web
 from hypothesis import given
 
 from countersign.services.auditor.cosigning import Cosigners, add_checkpoint
@@ -219,6 +220,29 @@ async def test_a_witness_that_is_away_holds_nothing_up(pair: tuple[Auditor, Audi
     cosigners = Cosigners(log.log, log.ledger, log.notary, (Peer(witness.keys.witness_key, "http://127.0.0.1:9"),))
     log.grow(1)
     assert not await asyncio.to_thread(cosigners.gather)
+
+
+@pytest.mark.parametrize("fault", ["another note", "another key", "no line"])
+async def test_a_cosignature_that_does_not_hold_is_not_taken(
+    pair: tuple[Auditor, Auditor, Follower], tmp_path: Path, fault: str
+) -> None:
+    log, _, _ = pair
+    liar = Auditor(tmp_path / "liar")
+
+    async def lie(request: web.Request) -> web.Response:
+        _, _, asked = parse_request(await request.read())
+        key = signing_key(9) if fault == "another key" else liar.keys.witness
+        signed = note(tree("x")) if fault == "another note" else asked
+        line = notes.parse_note(notes.cosign(signed, key, liar.keys.witness_key.name, time=1)).signatures[-1].line()
+        return web.Response(text="ok" if fault == "no line" else line)
+
+    liar.site.add_post("/add-checkpoint", lie)
+    await liar.site.open("127.0.0.1:0")
+    signed = log.grow(1)
+    cosigners = Cosigners(log.log, log.ledger, log.notary, (Peer(liar.keys.witness_key, liar.site.url),))
+    assert not await asyncio.to_thread(cosigners.gather)
+    assert log.log.published() == signed
+    await liar.close()
 
 
 @pytest.mark.parametrize(
