@@ -190,7 +190,7 @@ class _Audit:
         policy = receipt.evidence.kv_policy
         if policy != "exact":
             raise NotCheckable(
-                f"the receipt says that KV may have been stored as {policy}, so the reference may choose other tokens",
+                f"not auditable at this level: the receipt says that KV may have been stored as {policy}",
                 help="ask for answers of a target with target.kv_wire=exact where tokens are to be audited",
             )
         return receipt, openings, reference()
