@@ -105,6 +105,10 @@ class Job:
     end: int
     tokens: int
 
+    def file(self, folder: Path) -> Path:
+        """Where its scores are kept."""
+        return folder / f"{self.fault}-{self.tokens}-{self.first}-{self.end}.npz"
+
 
 async def run(quick: bool) -> list[Row]:
     """Quick: few answers, short ones."""
@@ -137,41 +141,43 @@ def thresholds(dtype: Dtype) -> Thresholds:
 # Scores
 
 
-def scores(quick: bool) -> Mapping[tuple[str, str], Scores]:
+def scores(quick: bool) -> Mapping[tuple[str, Dtype], Scores]:
     """By provider ("none" is honest) and reference; computed once for the same code, by two processes."""
-    jobs = _jobs(quick)
     sources = [CHECKOUT / "services" / "target" / "faults.py", CHECKOUT / "verify" / "difr" / "scores.py"]
-    name = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr(jobs).encode()).hexdigest()[:16]
-    file = CHECKOUT / "build" / f"audit-scores-{name}.npz"
-    if not file.is_file():
-        parts: dict[str, list[Scores]] = {}
-        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            calls = [pool.submit(call, "audit", "scored", *astuple(job)) for job in jobs]
-            for job, result in zip(jobs, calls, strict=True):
-                for dtype, part in result.result().items():
-                    parts.setdefault(f"{job.fault}/{dtype}", []).append(part)
-        file.parent.mkdir(exist_ok=True)
-        whole: dict[str, Any] = {key: np.concatenate(part) for key, part in parts.items()}
-        np.savez_compressed(file, **whole)
-    with np.load(file) as kept:
-        return {(key.split("/")[0], key.split("/")[1]): kept[key] for key in kept.files}
+    made_by = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    folder = CHECKOUT / "build" / f"audit-scores-{made_by}"
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = _jobs(quick)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(call, "audit", "scored", str(folder), *astuple(job)) for job in jobs]:
+            done.result()
+    parts: dict[tuple[str, Dtype], list[Scores]] = {}
+    for job in jobs:
+        with np.load(job.file(folder)) as kept:
+            for dtype in REFERENCES:
+                parts.setdefault((job.fault, dtype), []).append(kept[dtype])
+    return {key: np.concatenate(part) for key, part in parts.items()}
 
 
 def _jobs(quick: bool) -> list[Job]:
-    """The long ones first."""
-    tokens, honest, each = (100, 40, 8) if quick else (300, 1000, 200)
-    part = max(1, honest // 8)
-    jobs = [Job("none", first, first + part, tokens) for first in range(0, honest, part)]
-    return jobs + [Job(name, 0, each, tokens) for name in FAULTS]
+    tokens, part, honest, each = (100, 8, 40, 8) if quick else (300, 100, 1000, 200)
+    counts = [("none", honest), *((name, each) for name in FAULTS)]
+    return [Job(name, first, first + part, tokens) for name, count in counts for first in range(0, count, part)]
 
 
-def scored(name: str, first: int, end: int, tokens: int) -> dict[Dtype, Scores]:
-    """What a job gives, in a process of its own."""
+def scored(folder: str, name: str, first: int, end: int, tokens: int) -> None:
+    """Does a job in a process of its own, if that was not done before."""
+    file = Job(name, first, end, tokens).file(Path(folder))
+    if file.is_file():
+        return
     torch.set_num_threads(1)
     fault = FAULTS.get(name, HONEST)
     asked = [_asked(number) for number in range(first, end)]
     outputs = answers(fault, asked, tokens, Way(name, drafting=fault.drafts))
-    return {dtype: _under(dtype, asked, outputs) for dtype in REFERENCES}
+    found: dict[str, Any] = {dtype: _under(dtype, asked, outputs) for dtype in REFERENCES}
+    fresh = file.with_suffix(".part.npz")
+    np.savez_compressed(fresh, **found)
+    fresh.replace(file)
 
 
 def _under(dtype: Dtype, asked: Sequence[tuple[list[int], Sampling]], outputs: Sequence[list[int]]) -> Scores:
