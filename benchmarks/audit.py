@@ -42,7 +42,8 @@ from countersign.services.engine.text import Tokenizer
 from countersign.services.protocol.keys import chain_keys, root_key
 from countersign.services.runtime.config import load
 from countersign.services.runtime.supervisor import Supervisor
-from countersign.services.target.faults import FAULTS, DishonestRunner, Fault, load_dishonest, shifted
+from countersign.services.target.faults import FAULTS as ALL_FAULTS
+from countersign.services.target.faults import DishonestRunner, Fault, load_dishonest, shifted
 from countersign.verify.audit import audit
 from countersign.verify.difr import load_reference, score_tokens
 from countersign.verify.difr.calibration import SLACK
@@ -60,6 +61,8 @@ TARGET, DRAFT = MODELS / "demo-target", MODELS / "demo-draft"
 PROMPTS = 200
 SIZES = (1, 3, 10, 30, 100, 300, 1000)
 REFERENCES: tuple[Dtype, ...] = ("fp32", "bf16")
+FAULTS = {name: fault for name, fault in ALL_FAULTS.items() if not fault.inflation}
+"""Those that show in the tokens' scores; tokens that the model never said are for ``countersign bench coin``."""
 HONEST = Fault("no fault")
 _STYLES = ("-", "--")
 # What the issue asks for: the fault, tokens, least AUC.

@@ -82,7 +82,7 @@ def score_tokens(
         claimed = output[len(scores) : len(scores) + len(rows)]
         choices = draw(rows, [Draws(range(first, first + len(rows)), sampling)], model.team or _team())
         for row, position, token, choice in zip(rows, range(first, first + len(rows)), claimed, choices, strict=True):
-            scores.append(_scored(row, position, token, choice, sampling, slack))
+            scores.append(score_of(row, position, token, choice, sampling, slack))
     return scores
 
 
@@ -113,7 +113,14 @@ def _team() -> Team | None:
     return None if library is None else Team(library, 1)
 
 
-def _scored(row: torch.Tensor, position: int, token: int, choice: int, sampling: Sampling, slack: float) -> TokenScore:
+def score_of(
+    row: torch.Tensor, position: int, token: int, choice: int, sampling: Sampling, slack: float = 0.0
+) -> TokenScore:
+    """What logits (vocabulary,) say of the token at ``position`` where they choose ``choice``.
+
+    Raises:
+        NonFiniteLogits: they choose nothing.
+    """
     if choice == NOT_FINITE:
         raise NonFiniteLogits(position)
     if token == choice:

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from countersign.services.engine.sampling import Sampling, perturbed
+from countersign.services.engine.sampling import Sampling, perturbed, sample
 from countersign.verify.difr.level import Reference, load_reference
-from countersign.verify.difr.scores import certain, possible, score_tokens, teacher_forced, token_scores
+from countersign.verify.difr.scores import certain, possible, score_of, score_tokens, teacher_forced, token_scores
 from countersign.verify.testing import Asked, generate, write_tiny_model
 
 DEMO = Path(__file__).resolve().parents[3] / "infra" / "models" / "demo-target"
@@ -112,3 +112,17 @@ def test_a_token_just_out_of_support_is_forgiven_by_slack_and_scored(reference: 
     assert outside > 3
     assert sum(map(math.isinf, lenient)) < outside
     assert all(forgiven <= score for forgiven, score in zip(lenient, strict, strict=True))
+
+
+def test_a_token_at_the_edge_loses_only_against_those_that_are_in_support_for_certain() -> None:
+    # top-k 2 leaves tokens 0 and 1; token 2 is as likely as token 1, but for an error of the logits.
+    row, rule = torch.tensor([1.0, 0.5, 0.49, -9.0]), Sampling(1.0, 2, 1.0, 7)
+    seen = set()
+    for position in range(200):
+        noisy = perturbed(row, position, Sampling(rule.temperature, 0, 1.0, rule.seed))[1].tolist()
+        strict = score_of(row, position, 2, sample(row, position, rule), rule)
+        lenient = score_of(row, position, 2, sample(row, position, rule), rule, slack=0.05)
+        assert strict.score == math.inf
+        assert lenient.score == pytest.approx(max(0.0, noisy[0] - noisy[2]))
+        seen.add((noisy[1] > noisy[2], noisy[0] > noisy[2]))
+    assert len(seen) == 4
