@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 from hypothesis import given, settings
@@ -158,6 +160,40 @@ def test_two_processes_cannot_have_one_log_open(tmp_path: Path) -> None:
     TileLog.open(tmp_path).close()
 
 
+def test_threads_append_and_read_at_once_and_every_proof_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "JOURNAL_ENTRIES", 500)
+    with TileLog.open(tmp_path) as log, ThreadPoolExecutor(6) as pool:
+
+        def write(name: int) -> list[range]:
+            batches = [[b"%d %d %d" % (name, turn, place) for place in range(37)] for turn in range(20)]
+            return [log.append(batch) for batch in batches]
+
+        def read() -> int:
+            checked = 0
+            while not done.is_set():
+                if (size := log.size) == 0:
+                    continue
+                index, old, root = size * 2 // 3, size // 2, log.root(size)
+                leaf = merkle.leaf_hash(log.entry(index))
+                assert merkle.verify_inclusion(leaf, index, size, log.inclusion(index, size), root)
+                assert merkle.verify_consistency(old, size, log.root(old), root, log.consistency(old, size))
+                checked += 1
+            return checked
+
+        done = Event()
+        readers = [pool.submit(read) for _ in range(2)]
+        writers = [pool.submit(write, name) for name in range(4)]
+        try:
+            written = [writer.result(timeout=60) for writer in writers]
+        finally:
+            done.set()
+        assert all(reader.result(timeout=60) for reader in readers)
+        for name, batches in enumerate(written):
+            for turn, indices in enumerate(batches):
+                assert [log.entry(index) for index in indices] == [b"%d %d %d" % (name, turn, at) for at in range(37)]
+        assert sorted(index for batches in written for indices in batches for index in indices) == [*range(log.size)]
+
+
 def test_what_is_too_large_is_refused_and_nothing_of_it_stored(tmp_path: Path) -> None:
     with TileLog.open(tmp_path) as log:
         with pytest.raises(ValueError, match="65535"):
@@ -300,7 +336,7 @@ def _append_until_it_fails(folder: Path) -> int:
 
 
 def test_a_power_cut_after_any_sync_loses_nothing_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what was synced is left; the log is opened from that, at every moment while 840 entries go through three journals."""
+    """Only what was synced is left, at every moment while 840 entries go through three journals."""
     monkeypatch.setattr(store, "JOURNAL_ENTRIES", 300)
     (tmp_path / "disk").mkdir()
     disk = Disk(tmp_path / "disk")
