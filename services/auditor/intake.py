@@ -71,13 +71,13 @@ class Intake:
     def take(self, batch: Sequence[bytes]) -> Taken:
         """Receipts as the stream has them; on return each is in log and ledger, once, or refused, or ``later``."""
         verifier, now = ReceiptVerifier(self._trusted_keys()), self._wall_ms()
-        fresh: dict[bytes, bytes] = {}
+        fresh: dict[bytes, tuple[bytes, str]] = {}
         later: set[int] = set()
         refused = 0
         for place, data in enumerate(batch):
             try:
-                digest, entry = judged(data, verifier)
-                fresh.setdefault(digest, entry)
+                digest, entry, request_id = judged(data, verifier)
+                fresh.setdefault(digest, (entry, request_id))
             except NotCheckable:
                 later.add(place)
             except VerificationError as error:
@@ -85,24 +85,25 @@ class Intake:
                 self._ledger.refuse(hashlib.sha256(data).digest(), str(error), now)
                 _log.warning("a receipt is refused", extra={"error": str(error)})
         known = self._ledger.known(list(fresh))
-        new = {digest: entry for digest, entry in fresh.items() if digest not in known}
+        new = [(digest, *taken) for digest, taken in fresh.items() if digest not in known]
         if new:
-            indices = self._log.append(list(new.values()))
-            self._ledger.record(_logged(index, entry) for index, entry in zip(indices, new.values(), strict=True))
+            indices = self._log.append([entry for _, entry, _ in new])
+            named = zip(indices, new, strict=True)
+            self._ledger.record(Logged(index, digest, request_id) for index, (digest, _, request_id) in named)
         return Taken(len(new), len(batch) - len(new) - refused - len(later), refused, frozenset(later))
 
 
-def judged(data: bytes, verifier: ReceiptVerifier) -> tuple[bytes, bytes]:
-    """Digest and log entry of a receipt that may enter the log: of the form, signed by a trusted key.
+def judged(data: bytes, verifier: ReceiptVerifier) -> tuple[bytes, bytes, str]:
+    """Digest, log entry and request of a receipt that may enter the log: of the form, signed by a trusted key.
 
     Raises:
         NotCheckable: there is no trusted key yet.
         VerificationError: it may not.
     """
-    digest, entry = verifier.form(data).digest, strip(data)
+    signed, entry = verifier.form(data), strip(data)
     if len(entry) > MAX_ENTRY_BYTES:
         raise Malformed("larger than an entry of a log", size=len(entry), limit=MAX_ENTRY_BYTES)
-    return digest, entry
+    return signed.digest, entry, signed.receipt.request_id
 
 
 def _logged(index: int, entry: bytes) -> Logged:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from auditor_process import AuditorProcess
+from postgres import postgres
 from requests_done import Done, done
 
 from countersign.services.auditor.keys import Keys
@@ -66,12 +67,12 @@ async def settled(bus: Bus, receipts: int) -> None:
         state = await progress(bus)
 
 
-async def hurt(folder: Path, bus: Bus, kills: int, a_life: int) -> None:
+async def hurt(folder: Path, bus: Bus, kills: int, a_life: int, ledger: str = "") -> None:
     rng, journal = random.Random(3), Journal(bus)
     await journal.ensure_streams(NatsConfig())
     write_public(folder / "keys" / "receipts.pub", signing_key().public_key())
     model = write_tiny_model(folder / "model")
-    settings = ("auditor.share=0.5", "auditor.checkpoint_s=0.05", f"auditor.model={model}")
+    settings = ("auditor.share=0.5", "auditor.checkpoint_s=0.05", f"auditor.model={model}", f"auditor.ledger={ledger}")
     auditor = AuditorProcess(folder, bus._url, *settings)
     requests: list[Done] = []
     try:
@@ -88,12 +89,11 @@ async def hurt(folder: Path, bus: Bus, kills: int, a_life: int) -> None:
     finally:
         auditor.kill()
     assert "Traceback" not in auditor.log, auditor.log
-    await check(folder, journal, requests)
+    await check(folder, journal, requests, Ledger.open(ledger or f"sqlite:///{folder}/auditor/ledger.db"))
 
 
-async def check(folder: Path, journal: Journal, requests: list[Done]) -> None:
+async def check(folder: Path, journal: Journal, requests: list[Done], ledger: Ledger) -> None:
     keys = Keys.load(folder / "keys")
-    ledger = Ledger.open(f"sqlite:///{folder}/auditor/ledger.db")
     with TileLog.open(folder / "auditor" / "log") as log:
         digests = [receipt_digest(log.entry(index)) for index in range(log.size)]
         assert sorted(digests) == sorted(request.digest for request in requests), "lost, or twice"
@@ -174,6 +174,11 @@ async def test_a_witness_that_is_killed_in_between_cosigns_what_the_log_has_in_t
     ledger = Ledger.open(f"sqlite:///{folders['witness']}/auditor/ledger.db")
     assert ledger.counts().conflicts == 0
     ledger.close()
+
+
+async def test_so_it_is_with_its_ledger_in_postgresql(tmp_path: Path, bus: Bus) -> None:
+    with postgres() as url:
+        await hurt(tmp_path / "data", bus, kills=2, a_life=10, ledger=url)
 
 
 @pytest.mark.long
