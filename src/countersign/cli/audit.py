@@ -20,10 +20,11 @@ from countersign.services.runtime.errors import CountersignError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from rich.console import Console
 
     from countersign.services.engine.text import Tokenizer
     from countersign.services.runtime.config import Config
-    from countersign.verify.audit import AuditReport, Dtype
+    from countersign.verify.audit import AuditReport, Dtype, LevelReport
     from countersign.verify.coin.counting import Drawn
     from countersign.verify.difr import Reference
     from countersign.verify.fingerprints import Challenge
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from countersign.verify.trust import TrustPolicy
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-UNWRAPPED = 10_000
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 2}
 _STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 _WORDS = {"pass": "PASS", "fail": "FAIL", "inconclusive": "NOT CHECKABLE"}
@@ -317,12 +317,9 @@ def _read(path: Path) -> bytes:
 
 def _print_report(path: Path, report: AuditReport) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = UNWRAPPED  # a line for each level, for whoever reads it with a program
     if report.receipt is None:
         console.print(str(path), markup=False, soft_wrap=True)
     else:
@@ -333,12 +330,26 @@ def _print_report(path: Path, report: AuditReport) -> None:
             f"{request.prompt_tokens} prompt tokens, {output.tokens} output tokens, ended by {output.finish_reason}"
         )
         console.print(f"{what}, {counts}", markup=False, soft_wrap=True)
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
-    for level in report.levels:
-        table.add_row(level.level, Text(_WORDS[level.outcome], _STYLES[level.outcome]), Text(level.summary))
-    console.print(table)
+    _print_levels(console, report.levels)
     verdict = Text(_WORDS[report.verdict], f"bold {_STYLES[report.verdict]}")
     console.print(verdict, Text(_conclusion(report)), soft_wrap=True)
+
+
+def _print_levels(console: Console, levels: Sequence[LevelReport]) -> None:
+    """A table that fits the terminal; a line for each level where a program may read it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not console.is_terminal:
+        names = max(len(level.level) for level in levels)
+        words = max(len(_WORDS[level.outcome]) for level in levels)
+        for level in levels:
+            print(f"{level.level:<{names}}  {_WORDS[level.outcome]:<{words}}  {level.summary}")
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    for level in levels:
+        table.add_row(level.level, Text(_WORDS[level.outcome], _STYLES[level.outcome]), Text(level.summary))
+    console.print(table)
 
 
 def _conclusion(report: AuditReport) -> str:
