@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 from requests_done import Done, Entry, done
 
 from countersign.services.auditor.docket import Docket, wait_ms
-from countersign.services.auditor.examiner import Examiner
+from countersign.services.auditor.examiner import NICENESS, Examiner
 from countersign.services.auditor.intake import Intake
 from countersign.services.auditor.notary import Notary
 from countersign.services.auditor.service import AuditorService, Books
@@ -242,6 +245,14 @@ async def test_what_makes_no_sense_is_an_invalid_argument(
     with pytest.raises(InvalidArgument) as refusal:
         await auditor.ask(method, request_, reply)
     assert refusal.value.reason == reason
+
+
+async def test_audits_stand_back_for_everything_else(auditor: Auditor) -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    audits = asyncio.get_running_loop().run_in_executor(auditor.examiner._thread, niceness)
+    assert (await audits, niceness() < NICENESS) == (NICENESS, True)
 
 
 async def test_openings_never_reach_the_log(auditor: Auditor, answers: list[Done]) -> None:

@@ -26,7 +26,7 @@ from countersign.services.runtime.errors import (
 from countersign.services.runtime.fetching import ask
 from countersign.services.runtime.stack import read_stack
 from countersign.v1.auditor_pb2 import GetInclusionRequest, GetInclusionResponse, GetLogRequest, GetLogResponse
-from countersign.verify.errors import VerificationError
+from countersign.verify.errors import Inconsistent, VerificationError
 from countersign.verify.log.checkpoint import MAX_NOTE_BYTES, Checkpoint, KeyKind, NoteKey, verify
 from countersign.verify.log.proofs import TileTree
 from countersign.verify.log.tiles import Tile
@@ -167,7 +167,7 @@ def _grew(url: str, log: NoteKey, checkpoint: Checkpoint, state: Path | None) ->
         path = TileTree(fetch).consistency(last.size, checkpoint.size)
     TrustRules(TrustPolicy(logs=(log,))).successor(last, checkpoint, path)
     if TileTree(fetch).root(checkpoint.size) != checkpoint.root:
-        raise DataLoss(f"the tiles at {url} do not give the root that is signed", reason="WRONG_TILES")
+        raise Inconsistent("the tiles do not give the root that is signed", size=checkpoint.size)
     return last.size
 
 
