@@ -114,7 +114,7 @@ class Books:
 class AuditorService:
     """Answers; where ``works`` gave it a stream of receipts, ``run`` also logs and audits those.
 
-    ``others``: whom it watches, and who watches it.
+    ``others``: whom it watches, and who watches it. ``instance``: this process on the bus.
     """
 
     descriptor: ServiceDescriptor = auditor_pb2.DESCRIPTOR.services_by_name["AuditorService"]
@@ -127,12 +127,14 @@ class AuditorService:
         config: AuditorConfig,
         log: logging.Logger,
         others: Others = NOBODY,
+        instance: str = "",
     ) -> None:
         self._books = books
         self._examiner = examiner
         self._site = site
         self._config = config
         self._logger = log
+        self._instance = instance
         self._intake = Intake(books.log, books.ledger, examiner.trusted_keys, wall_ms)
         self._notary = Notary(books.log, books.ledger, books.keys, config.share)
         self._proofs = Proofs(books.log, books.ledger, books.keys)
@@ -192,6 +194,7 @@ class AuditorService:
             waiting=counts.waiting,
             outcomes=counts.outcomes,
             equivocations=counts.conflicts,
+            instance=self._instance,
         )
 
     async def GetCheckpoint(self, request: GetCheckpointRequest, call: Call) -> GetCheckpointResponse:
@@ -295,7 +298,7 @@ async def create(context: Context) -> AuditorService:
     books = await asyncio.to_thread(Books.open, config)
     site = LogSite(books.log, books.ledger, books.keys)
     examiner = Examiner(config.data_dir / "keys" / "receipts.pub", config.auditor.model, config.auditor.threads)
-    service = AuditorService(books, examiner, site, config.auditor, context.log, others)
+    service = AuditorService(books, examiner, site, config.auditor, context.log, others, context.instance)
     try:
         await site.open(config.auditor.http_listen)
         consumer = await Consumer.open(context.bus, RECEIPTS, f"auditor-{books.keys.log_name}")

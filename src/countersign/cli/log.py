@@ -134,7 +134,10 @@ async def _proof(data_dir: Path, digest: bytes, wait: float) -> tuple[GetLogResp
             try:
                 log = await bus.call("auditor", "GetLog", GetLogRequest(), GetLogResponse, timeout=_TIMEOUT_S)
                 asked = GetInclusionRequest(receipt_sha256=digest)
-                return log, await bus.call("auditor", "GetInclusion", asked, GetInclusionResponse, timeout=_TIMEOUT_S)
+                found = await bus.call(
+                    "auditor", "GetInclusion", asked, GetInclusionResponse, timeout=_TIMEOUT_S, instance=log.instance
+                )
+                return log, found
             except (NotFound, FailedPrecondition):
                 if time.monotonic() + _AGAIN_S > deadline:
                     raise

@@ -284,6 +284,7 @@ class GetLogResponse(_message.Message):
     WAITING_FIELD_NUMBER: _builtins.int
     OUTCOMES_FIELD_NUMBER: _builtins.int
     EQUIVOCATIONS_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     origin: _builtins.str
     """Its name, the first line of its checkpoints."""
     log_key: _builtins.str
@@ -302,6 +303,8 @@ class GetLogResponse(_message.Message):
     """Receipts drawn that still wait for their audit."""
     equivocations: _builtins.int
     """Pieces of evidence kept against followed logs."""
+    instance: _builtins.str
+    """The auditor that answers: each has a log of its own, so what belongs together is asked of one."""
     @_builtins.property
     def outcomes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Audits that ended, by outcome: pass, fail, inconclusive."""
@@ -319,10 +322,11 @@ class GetLogResponse(_message.Message):
         waiting: _builtins.int = ...,
         outcomes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         equivocations: _builtins.int = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auditor_key", b"auditor_key", "equivocations", b"equivocations", "log_key", b"log_key", "origin", b"origin", "outcomes", b"outcomes", "refused", b"refused", "size", b"size", "url", b"url", "waiting", b"waiting", "witness_key", b"witness_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auditor_key", b"auditor_key", "equivocations", b"equivocations", "instance", b"instance", "log_key", b"log_key", "origin", b"origin", "outcomes", b"outcomes", "refused", b"refused", "size", b"size", "url", b"url", "waiting", b"waiting", "witness_key", b"witness_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
