@@ -14,13 +14,17 @@ from countersign.verify.errors import Malformed
 from countersign.verify.log.tiles import HEIGHT, MAX_LEAVES, WIDTH, Tile, split_entries, split_hashes, width_of
 
 KEPT_TILES = 256
-"""Tiles that a ``TileTree`` remembers with their inner nodes: 10 MB. A tile of some width never changes."""
+"""Tiles that a ``TileTree`` remembers with their inner nodes: 10 MB."""
 
 
 class Nodes:
-    """The hashes of one tile, and what they give above, computed when first asked for."""
+    """The hashes of one tile, and what they give above, computed when first asked for.
+
+    Whatever a narrower form of the tile can be asked for, this one answers alike: hashes in a log never change.
+    """
 
     def __init__(self, hashes: list[bytes]) -> None:
+        self.width = len(hashes)
         self._levels = [hashes]
 
     def node(self, height: int, index: int) -> bytes:
@@ -32,7 +36,7 @@ class Nodes:
 
 
 class TileTree:
-    """The tree behind the tiles of a log of at least ``size`` leaves.
+    """The tree behind the tiles of a log. Sizes are such as the log has or had.
 
     Args:
         fetch: The bytes of a tile, or None where there is no such tile (any more).
@@ -40,7 +44,7 @@ class TileTree:
 
     def __init__(self, fetch: Callable[[Tile], bytes | None]) -> None:
         self._fetch = fetch
-        self._kept: OrderedDict[Tile, Nodes] = OrderedDict()
+        self._kept: OrderedDict[Tile, Nodes] = OrderedDict()  # by the full tile
 
     def root(self, size: int) -> bytes:
         """The root (32 bytes) over the first ``size`` leaves.
@@ -87,12 +91,12 @@ class TileTree:
         return self._tile(Tile(level, number, width_of(level, number, size))).node(above, place >> above)
 
     def _tile(self, tile: Tile) -> Nodes:
-        for wanted in (tile.whole, tile):
-            if wanted in self._kept:
-                self._kept.move_to_end(wanted)
-                return self._kept[wanted]
+        kept = self._kept.get(tile.whole)
+        if kept is not None and kept.width >= tile.width:
+            self._kept.move_to_end(tile.whole)
+            return kept
         found, data = self._fetched(tile)
-        nodes = self._kept[found] = Nodes(split_hashes(data, found.width))
+        nodes = self._kept[tile.whole] = Nodes(split_hashes(data, found.width))
         if len(self._kept) > KEPT_TILES:
             self._kept.popitem(last=False)
         return nodes

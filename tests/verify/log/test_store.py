@@ -140,6 +140,20 @@ def test_a_reader_with_nothing_but_fetched_tiles_gets_the_same_proofs(big: TileL
     assert len(asked) < 40, "a proof takes a few tiles, not the log"
 
 
+def test_what_a_reader_remembers_of_a_tile_grows_with_the_log(big: TileLog) -> None:
+    """A wider form of a tile serves for narrower ones, never the other way round."""
+    asked: list[str] = []
+
+    def fetch(tile: Tile) -> bytes:
+        asked.append(tile.path)
+        return big.tile(tile.path)
+
+    remote = TileTree(fetch)
+    for size in (7, 200, 100, 256, 255, 256):
+        assert remote.root(size) == merkle.root(BIG_LEAVES[:size])
+    assert asked == ["tile/0/000.p/7", "tile/0/000.p/200", "tile/1/000.p/1", "tile/0/000.p/255"]
+
+
 def test_a_missing_or_cut_tile_is_an_error_of_the_verifier(big: TileLog) -> None:
     for answer in (None, b"", bytes(31)):
         with pytest.raises(Malformed):
