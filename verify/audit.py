@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from countersign.verify.coin.bill import Bill
+from countersign.verify.coin.bill import check as check_bill
 from countersign.verify.coin.counting import Drawn, counted
 from countersign.verify.errors import NotCheckable, Untrusted, VerificationError
 from countersign.verify.receipt import Openings, PartialOpenings, Receipt, ReceiptVerifier, SignedReceipt, parse
@@ -80,6 +82,7 @@ def audit(
     levels: Collection[Level] = (),
     challenge: Challenge | None = None,
     drawn: Drawn | None = None,
+    bill: Bill | None = None,
 ) -> AuditReport:
     """Audits a receipt; never raises for what the bytes hold.
 
@@ -93,10 +96,11 @@ def audit(
             only where tokens are hidden.
         challenge: The positions that were drawn once the receipt was there, and the provider's fingerprints of them.
         drawn: Hidden tokens that were drawn likewise, for the count level of a receipt that does not open them.
+        bill: What was charged for; the count level compares it.
     """
     everything = not levels
     levels = levels or [level for level in LEVELS if challenge is not None or level != "activations"]
-    auditor = _Audit(data, policy or TrustPolicy(tuple(trusted_keys)), reference, challenge, drawn)
+    auditor = _Audit(data, policy or TrustPolicy(tuple(trusted_keys)), reference, challenge, drawn, bill)
     reports: list[LevelReport] = []
     for level in (one for one in LEVELS if any(one in (asked, *_STANDS_ON[asked]) for asked in levels)):
         if level == "meaning" and everything and not auditor.hides:
@@ -150,6 +154,7 @@ class _Audit:
         reference: Callable[[Dtype], Reference] | None,
         challenge: Challenge | None,
         drawn: Drawn | None,
+        bill: Bill | None,
     ) -> None:
         self._data = data
         self._policy = policy
@@ -157,6 +162,7 @@ class _Audit:
         self._challenge = challenge
         self._kept: Kept | None = None
         self._drawn = drawn
+        self._bill = bill
         self._openings: Openings | None = None
         self.signed: SignedReceipt | None = None
         self.scores: tuple[TokenScore, ...] = ()
@@ -171,6 +177,8 @@ class _Audit:
         if self.signed is None:
             raise NotCheckable("the receipt was not read")
         opened = ReceiptVerifier(()).count(self.signed)
+        if self._bill is not None:
+            check_bill(self.signed.receipt, self._bill)
         if isinstance(opened, PartialOpenings):
             return _partly_counted(self.signed, self._drawn)
         self._openings = opened

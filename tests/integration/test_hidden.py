@@ -111,7 +111,7 @@ async def test_hidden_tokens_are_drawn_and_opened_once_so_that_a_client_can_coun
     assert report.verdict == "pass", report
 
 
-async def test_the_command_line_has_hidden_tokens_opened(hiding: Running, tmp_path: Path) -> None:
+async def test_the_command_line_has_hidden_tokens_opened_and_compares_the_bill(hiding: Running, tmp_path: Path) -> None:
     async with Client(hiding.router) as client:
         answer = await thoughtful(client)
     file = tmp_path / "receipt.cose"
@@ -119,11 +119,12 @@ async def test_the_command_line_has_hidden_tokens_opened(hiding: Running, tmp_pa
     command = [str(Path(sys.executable).parent / "countersign"), "audit", str(file), "--level", "count", "--json"]
     command += ["--data-dir", str(hiding.data_dir)]
     verdicts = []
-    for options in ([], ["--open-hidden"]):
+    billed = str(answer.usage.output_tokens)
+    for options in ([], ["--open-hidden", "--billed", billed], ["--billed", billed + "0"]):
         process = await asyncio.create_subprocess_exec(*command, *options, stdout=asyncio.subprocess.PIPE)
         out, _ = await asyncio.wait_for(process.communicate(), 60)
         verdicts.append(json.loads(out)["verdict"])
-    assert verdicts == ["inconclusive", "pass"]
+    assert verdicts == ["inconclusive", "pass", "fail"]
 
 
 async def test_a_prompt_that_ends_inside_a_thought_hides_the_answer_from_its_first_token(hiding: Running) -> None:

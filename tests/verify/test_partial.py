@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from countersign.verify import envelope, multiproof, partial, payload
 from countersign.verify.audit import LevelReport, audit
 from countersign.verify.coin import challenge, forgeries
+from countersign.verify.coin.bill import Bill
 from countersign.verify.coin.challenge import Demand
 from countersign.verify.coin.counting import Drawn
 from countersign.verify.errors import Inconsistent, OpeningMismatch, VerificationError
@@ -197,6 +198,14 @@ def test_the_answer_to_another_draw_is_refused() -> None:
     assert counted(data, replace(answer, demand=Demand(leaves=15))).outcome == "fail"
     assert counted(data, replace(answer, demand=Demand(leaves=2**32))).outcome == "fail"
     assert counted(data, replace(answer, openings=b"")).outcome == "fail"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_bill_for_more_than_the_receipt_s_tokens_fails_the_count(whole: bool) -> None:
+    data = sign(*example(), KEY) if whole else client_copy()
+    for billed, outcome in ((len(OUTPUT), "pass" if whole else "inconclusive"), (len(OUTPUT) + 1, "fail")):
+        report = audit(data, trusted_keys=[KEY.public_key()], reference=None, levels=["count"], bill=Bill(billed))
+        assert report.verdict == outcome
 
 
 def test_an_auditor_with_full_openings_counts_the_hidden_tokens() -> None:

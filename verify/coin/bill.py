@@ -10,12 +10,12 @@ from countersign.verify.payload import Receipt
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """What the provider charges for. ``hidden_tokens``: of the output tokens; None where the bill does not tell."""
+    """What the provider charges for; None where the bill does not tell. Hidden tokens are among the output tokens."""
 
-    request_id: str
-    prompt_tokens: int
     output_tokens: int
+    prompt_tokens: int | None = None
     hidden_tokens: int | None = None
+    request_id: str | None = None
 
 
 def check(receipt: Receipt, bill: Bill) -> None:
@@ -29,7 +29,7 @@ def check(receipt: Receipt, bill: Bill) -> None:
         ("request", bill.request_id, receipt.request_id),
         ("prompt tokens", bill.prompt_tokens, receipt.request.prompt_tokens),
         ("output tokens", bill.output_tokens, output.tokens),
-        ("hidden tokens", output.hidden if bill.hidden_tokens is None else bill.hidden_tokens, output.hidden),
+        ("hidden tokens", bill.hidden_tokens, output.hidden),
     ):
-        if billed != signed:
+        if billed is not None and billed != signed:
             raise Inconsistent(f"the bill and the receipt differ in the {name}", billed=billed, signed=signed)

@@ -71,6 +71,9 @@ def audit(
     positions: Annotated[
         int, typer.Option(help="Fingerprints that level activations asks the provider for.", min=1, max=512)
     ] = 16,
+    billed: Annotated[
+        int | None, typer.Option(help="Output tokens that you are charged for; must be the receipt's.", min=0)
+    ] = None,
     open_hidden: Annotated[
         bool, typer.Option("--open-hidden", help="Draw hidden tokens and have the provider open them, to count them.")
     ] = False,
@@ -103,7 +106,7 @@ def audit(
         config = _config(data_dir)
         policy = _policy(_trusted_keys(key, config), log_key or (), witness_key or (), quorum)
         references = _References(model or config.auditor.model)
-        report = _report(data, challenge, drawn, policy, references, level)
+        report = _report(data, challenge, drawn, billed, policy, references, level)
         if html is not None:
             _write_page(html, receipt.name, report, references)
     except _Unreadable as error:
@@ -207,11 +210,13 @@ def _report(
     data: bytes,
     challenge: Challenge | None,
     drawn: Drawn | None,
+    billed: int | None,
     policy: TrustPolicy,
     references: _References,
     level: Sequence[LevelName] | None,
 ) -> AuditReport:
     from countersign.verify.audit import audit
+    from countersign.verify.coin.bill import Bill
 
     return audit(
         data,
@@ -220,6 +225,7 @@ def _report(
         levels=[name.value for name in level or ()],
         challenge=challenge,
         drawn=drawn,
+        bill=None if billed is None else Bill(billed),
     )
 
 
