@@ -18,30 +18,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    Column,
-    Connection,
-    Engine,
-    Index,
-    LargeBinary,
-    MetaData,
-    RowMapping,
-    String,
-    Table,
-    create_engine,
-    event,
-    func,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import Connection, Engine, RowMapping, create_engine, event, func, insert, select, update
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from countersign.services.auditor.tables import (
+    AUDITS,
+    CHECKPOINTS,
+    CONFLICTS,
+    LAST_SEEN,
+    METADATA,
+    RECEIPTS,
+    REFUSED,
+    VERSIONS,
+)
 from countersign.services.runtime.errors import DataLoss, FailedPrecondition, Unavailable
 from countersign.verify.equivocation import Equivocation
 
@@ -50,59 +42,6 @@ SCHEMA = 1
 
 PAGE = 1000
 _BUSY_MS = 10_000
-
-_metadata = MetaData()
-_schema = Table("schema", _metadata, Column("version", BigInteger, primary_key=True, autoincrement=False))
-_receipts = Table(
-    "receipts",
-    _metadata,
-    Column("index", BigInteger, primary_key=True, autoincrement=False),
-    Column("digest", LargeBinary(32), nullable=False, unique=True),
-    Column("request_id", String(64), nullable=False, index=True),
-)
-_refused = Table(
-    "refused",
-    _metadata,
-    Column("sha256", LargeBinary(32), primary_key=True),
-    Column("reason", String(400), nullable=False),
-    Column("at_unix_ms", BigInteger, nullable=False),
-)
-_checkpoints = Table(
-    "checkpoints",
-    _metadata,
-    Column("size", BigInteger, primary_key=True, autoincrement=False),
-    Column("note", LargeBinary, nullable=False),
-    Column("published", Boolean, nullable=False),
-)
-_audits = Table(
-    "audits",
-    _metadata,
-    Column("index", BigInteger, primary_key=True, autoincrement=False),
-    Column("digest", LargeBinary(32), nullable=False, unique=True),
-    Column("checkpoint", BigInteger, nullable=False),
-    Column("attempts", BigInteger, nullable=False),
-    Column("due_unix_ms", BigInteger, nullable=False),
-    Column("outcome", String(16)),
-    Column("verdict", LargeBinary),
-    Column("published", Boolean, nullable=False),
-    Index("audits_due", "outcome", "due_unix_ms"),
-    Index("audits_outbox", "published", "outcome"),
-)
-_last_seen = Table(
-    "last_seen",
-    _metadata,
-    Column("origin", String(255), primary_key=True),
-    Column("note", LargeBinary, nullable=False),
-)
-_conflicts = Table(
-    "conflicts",
-    _metadata,
-    Column("sha256", LargeBinary(32), primary_key=True),
-    Column("origin", String(255), nullable=False),
-    Column("evidence", LargeBinary, nullable=False),
-    Column("at_unix_ms", BigInteger, nullable=False),
-    Column("published", Boolean, nullable=False),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +122,12 @@ class Ledger:
     def size(self) -> int:
         """How many entries of the log are known here: all below it."""
         with self._transaction() as db:
-            return int(db.execute(select(func.coalesce(func.max(_receipts.c.index) + 1, 0))).scalar_one())
+            return int(db.execute(select(func.coalesce(func.max(RECEIPTS.c.index) + 1, 0))).scalar_one())
 
     def known(self, digests: Sequence[bytes]) -> set[bytes]:
         """Those of the digests that are in the log."""
         with self._transaction() as db:
-            return set(db.execute(select(_receipts.c.digest).where(_receipts.c.digest.in_(digests))).scalars())
+            return set(db.execute(select(RECEIPTS.c.digest).where(RECEIPTS.c.digest.in_(digests))).scalars())
 
     def record(self, entries: Iterable[Logged]) -> None:
         """Entries that the log has taken.
@@ -201,7 +140,7 @@ class Ledger:
             return
         try:
             with self._transaction() as db:
-                db.execute(insert(_receipts), rows)
+                db.execute(insert(RECEIPTS), rows)
         except IntegrityError as error:
             raise DataLoss(
                 f"the ledger has entries {rows[0]['index']} to {rows[-1]['index']} already, and others than the log's",
@@ -212,35 +151,35 @@ class Ledger:
     def find(self, digest: bytes) -> Logged | None:
         """The entry of a receipt."""
         with self._transaction() as db:
-            row = db.execute(select(_receipts).where(_receipts.c.digest == digest)).mappings().one_or_none()
+            row = db.execute(select(RECEIPTS).where(RECEIPTS.c.digest == digest)).mappings().one_or_none()
         return None if row is None else Logged(row["index"], row["digest"], row["request_id"])
 
     def between(self, begin: int, end: int) -> list[Logged]:
         """The entries from ``begin`` to ``end`` - 1."""
-        query = select(_receipts).where(_receipts.c.index >= begin, _receipts.c.index < end).order_by(_receipts.c.index)
+        query = select(RECEIPTS).where(RECEIPTS.c.index >= begin, RECEIPTS.c.index < end).order_by(RECEIPTS.c.index)
         with self._transaction() as db:
             return [Logged(row["index"], row["digest"], row["request_id"]) for row in db.execute(query).mappings()]
 
     def refuse(self, sha256: bytes, reason: str, now_ms: int) -> None:
         """What came and does not belong into the log; once."""
         with self._transaction() as db:
-            if db.execute(select(_refused.c.sha256).where(_refused.c.sha256 == sha256)).one_or_none() is None:
-                db.execute(insert(_refused).values(sha256=sha256, reason=reason[:400], at_unix_ms=now_ms))
+            if db.execute(select(REFUSED.c.sha256).where(REFUSED.c.sha256 == sha256)).one_or_none() is None:
+                db.execute(insert(REFUSED).values(sha256=sha256, reason=reason[:400], at_unix_ms=now_ms))
 
     # What was signed, and drawn from it.
 
     def last_checkpoint(self) -> tuple[int, bytes] | None:
         """Size and note of the newest checkpoint."""
-        query = select(_checkpoints.c.size, _checkpoints.c.note).order_by(_checkpoints.c.size.desc()).limit(1)
+        query = select(CHECKPOINTS.c.size, CHECKPOINTS.c.note).order_by(CHECKPOINTS.c.size.desc()).limit(1)
         with self._transaction() as db:
             row = db.execute(query).one_or_none()
         return None if row is None else (row.size, row.note)
 
     def checkpoint_over(self, index: int) -> tuple[int, bytes] | None:
         """Size and note of the first checkpoint that covers an entry."""
-        columns = select(_checkpoints.c.size, _checkpoints.c.note).where(_checkpoints.c.size > index)
+        columns = select(CHECKPOINTS.c.size, CHECKPOINTS.c.note).where(CHECKPOINTS.c.size > index)
         with self._transaction() as db:
-            row = db.execute(columns.order_by(_checkpoints.c.size).limit(1)).one_or_none()
+            row = db.execute(columns.order_by(CHECKPOINTS.c.size).limit(1)).one_or_none()
         return None if row is None else (row.size, row.note)
 
     def signed(self, size: int, note: bytes, drawn: Iterable[Logged]) -> None:
@@ -248,128 +187,128 @@ class Ledger:
         waits = {"checkpoint": size, "attempts": 0, "due_unix_ms": 0, "published": False}
         rows = [{"index": entry.index, "digest": entry.digest, **waits} for entry in drawn]
         with self._transaction() as db:
-            db.execute(insert(_checkpoints).values(size=size, note=note, published=False))
+            db.execute(insert(CHECKPOINTS).values(size=size, note=note, published=False))
             if rows:
-                db.execute(insert(_audits), rows)
+                db.execute(insert(AUDITS), rows)
 
     def cosigned(self, size: int, note: bytes) -> None:
         """The same checkpoint with more signatures; it is to be published again."""
         with self._transaction() as db:
-            db.execute(update(_checkpoints).where(_checkpoints.c.size == size).values(note=note, published=False))
+            db.execute(update(CHECKPOINTS).where(CHECKPOINTS.c.size == size).values(note=note, published=False))
 
     # Audits.
 
     def next_audit(self, now_ms: int) -> Audit | None:
         """The audit that has waited longest of those that are due."""
-        query = select(_audits).where(_audits.c.outcome.is_(None), _audits.c.due_unix_ms <= now_ms)
+        query = select(AUDITS).where(AUDITS.c.outcome.is_(None), AUDITS.c.due_unix_ms <= now_ms)
         with self._transaction() as db:
-            row = db.execute(query.order_by(_audits.c.index).limit(1)).mappings().one_or_none()
+            row = db.execute(query.order_by(AUDITS.c.index).limit(1)).mappings().one_or_none()
         return None if row is None else _audit(row)
 
     def postpone(self, index: int, due_ms: int) -> None:
         """An audit cannot be made yet."""
-        values = {"attempts": _audits.c.attempts + 1, "due_unix_ms": due_ms}
+        values = {"attempts": AUDITS.c.attempts + 1, "due_unix_ms": due_ms}
         with self._transaction() as db:
-            db.execute(update(_audits).where(_audits.c.index == index).values(values))
+            db.execute(update(AUDITS).where(AUDITS.c.index == index).values(values))
 
     def decided(self, index: int, outcome: str, verdict: bytes) -> None:
         """How an audit ended. What was decided stays."""
-        mine = _audits.c.index == index, _audits.c.outcome.is_(None)
+        mine = AUDITS.c.index == index, AUDITS.c.outcome.is_(None)
         with self._transaction() as db:
-            db.execute(update(_audits).where(*mine).values(outcome=outcome, verdict=verdict))
+            db.execute(update(AUDITS).where(*mine).values(outcome=outcome, verdict=verdict))
 
     def audit_of(self, digest: bytes) -> Audit | None:
         """The audit of a receipt, if it was drawn."""
         with self._transaction() as db:
-            row = db.execute(select(_audits).where(_audits.c.digest == digest)).mappings().one_or_none()
+            row = db.execute(select(AUDITS).where(AUDITS.c.digest == digest)).mappings().one_or_none()
         return None if row is None else _audit(row)
 
     def verdicts(self, after: int, most: int, outcome: str | None = None) -> list[Audit]:
         """Audits that ended, of entries over ``after`` (-1 for the first page), in the order of the log."""
-        query = select(_audits).where(_audits.c.outcome.is_not(None), _audits.c.index > after)
+        query = select(AUDITS).where(AUDITS.c.outcome.is_not(None), AUDITS.c.index > after)
         if outcome is not None:
-            query = query.where(_audits.c.outcome == outcome)
+            query = query.where(AUDITS.c.outcome == outcome)
         with self._transaction() as db:
-            return [_audit(row) for row in db.execute(query.order_by(_audits.c.index).limit(most)).mappings()]
+            return [_audit(row) for row in db.execute(query.order_by(AUDITS.c.index).limit(most)).mappings()]
 
     # What is left to tell the world.
 
     def unpublished_checkpoints(self) -> list[tuple[int, bytes]]:
         """Size and note, oldest first."""
-        query = select(_checkpoints.c.size, _checkpoints.c.note).where(_checkpoints.c.published.is_(False))
+        query = select(CHECKPOINTS.c.size, CHECKPOINTS.c.note).where(CHECKPOINTS.c.published.is_(False))
         with self._transaction() as db:
-            return [(row.size, row.note) for row in db.execute(query.order_by(_checkpoints.c.size).limit(PAGE))]
+            return [(row.size, row.note) for row in db.execute(query.order_by(CHECKPOINTS.c.size).limit(PAGE))]
 
     def unpublished_verdicts(self) -> list[Audit]:
         """Decided and not yet out, in the order of the log."""
-        query = select(_audits).where(_audits.c.published.is_(False), _audits.c.outcome.is_not(None))
+        query = select(AUDITS).where(AUDITS.c.published.is_(False), AUDITS.c.outcome.is_not(None))
         with self._transaction() as db:
-            return [_audit(row) for row in db.execute(query.order_by(_audits.c.index).limit(PAGE)).mappings()]
+            return [_audit(row) for row in db.execute(query.order_by(AUDITS.c.index).limit(PAGE)).mappings()]
 
     def unpublished_conflicts(self) -> list[tuple[bytes, bytes]]:
         """SHA-256 and evidence."""
-        query = select(_conflicts.c.sha256, _conflicts.c.evidence).where(_conflicts.c.published.is_(False))
+        query = select(CONFLICTS.c.sha256, CONFLICTS.c.evidence).where(CONFLICTS.c.published.is_(False))
         with self._transaction() as db:
             return [(row.sha256, row.evidence) for row in db.execute(query.limit(PAGE))]
 
     def published_checkpoint(self, size: int, note: bytes) -> None:
         """This note is out."""
-        mine = _checkpoints.c.size == size, _checkpoints.c.note == note
+        mine = CHECKPOINTS.c.size == size, CHECKPOINTS.c.note == note
         with self._transaction() as db:
-            db.execute(update(_checkpoints).where(*mine).values(published=True))
+            db.execute(update(CHECKPOINTS).where(*mine).values(published=True))
 
     def published_verdict(self, index: int) -> None:
         with self._transaction() as db:
-            db.execute(update(_audits).where(_audits.c.index == index).values(published=True))
+            db.execute(update(AUDITS).where(AUDITS.c.index == index).values(published=True))
 
     def published_conflict(self, sha256: bytes) -> None:
         with self._transaction() as db:
-            db.execute(update(_conflicts).where(_conflicts.c.sha256 == sha256).values(published=True))
+            db.execute(update(CONFLICTS).where(CONFLICTS.c.sha256 == sha256).values(published=True))
 
     # Other logs.
 
     def last_seen(self, origin: str) -> bytes | None:
         """The largest checkpoint of a log that was found consistent with all before it."""
         with self._transaction() as db:
-            return db.execute(select(_last_seen.c.note).where(_last_seen.c.origin == origin)).scalar_one_or_none()
+            return db.execute(select(LAST_SEEN.c.note).where(LAST_SEEN.c.origin == origin)).scalar_one_or_none()
 
     def saw(self, origin: str, before: bytes | None, note: bytes) -> bool:
         """Puts ``note`` in the place of ``before`` (None: nothing); False where something else stands there by now."""
         with self._transaction() as db:
             if before is None:
-                known = db.execute(select(_last_seen.c.note).where(_last_seen.c.origin == origin)).one_or_none()
+                known = db.execute(select(LAST_SEEN.c.note).where(LAST_SEEN.c.origin == origin)).one_or_none()
                 if known is None:
-                    db.execute(insert(_last_seen).values(origin=origin, note=note))
+                    db.execute(insert(LAST_SEEN).values(origin=origin, note=note))
                 return known is None
-            mine = _last_seen.c.origin == origin, _last_seen.c.note == before
-            return db.execute(update(_last_seen).where(*mine).values(note=note)).rowcount == 1
+            mine = LAST_SEEN.c.origin == origin, LAST_SEEN.c.note == before
+            return db.execute(update(LAST_SEEN).where(*mine).values(note=note)).rowcount == 1
 
     def keep(self, conflict: Equivocation, origin: str, evidence: bytes, now_ms: int) -> bool:
         """Evidence against a log, once; whether it is new. ``evidence``: the signed statement of ``conflict``."""
         sha256 = conflict.digest()
         with self._transaction() as db:
-            if db.execute(select(_conflicts.c.sha256).where(_conflicts.c.sha256 == sha256)).one_or_none() is not None:
+            if db.execute(select(CONFLICTS.c.sha256).where(CONFLICTS.c.sha256 == sha256)).one_or_none() is not None:
                 return False
             row = {"sha256": sha256, "origin": origin, "evidence": evidence, "at_unix_ms": now_ms, "published": False}
-            db.execute(insert(_conflicts).values(row))
+            db.execute(insert(CONFLICTS).values(row))
             return True
 
     def conflicts(self, origin: str | None = None) -> list[bytes]:
         """The evidence that was kept, oldest first: at most 1000."""
-        query = select(_conflicts.c.evidence).order_by(_conflicts.c.at_unix_ms).limit(PAGE)
+        query = select(CONFLICTS.c.evidence).order_by(CONFLICTS.c.at_unix_ms).limit(PAGE)
         if origin is not None:
-            query = query.where(_conflicts.c.origin == origin)
+            query = query.where(CONFLICTS.c.origin == origin)
         with self._transaction() as db:
             return list(db.execute(query).scalars())
 
     def counts(self) -> Counts:
         """How far everything is."""
-        grouped = select(_audits.c.outcome, func.count()).group_by(_audits.c.outcome)
+        grouped = select(AUDITS.c.outcome, func.count()).group_by(AUDITS.c.outcome)
         with self._transaction() as db:
             outcomes = {row[0]: int(row[1]) for row in db.execute(grouped)}
             receipts, refused, conflicts = (
                 int(db.execute(select(func.count()).select_from(table)).scalar_one())
-                for table in (_receipts, _refused, _conflicts)
+                for table in (RECEIPTS, REFUSED, CONFLICTS)
             )
         waiting = outcomes.pop(None, 0)
         return Counts(receipts, refused, waiting, outcomes, conflicts)
@@ -377,10 +316,10 @@ class Ledger:
     def _prepare(self) -> None:
         """Makes the tables, or refuses those of a newer release."""
         with self._engine.begin() as db:
-            _metadata.create_all(db)
-            version = db.execute(select(_schema.c.version)).scalar_one_or_none()
+            METADATA.create_all(db)
+            version = db.execute(select(VERSIONS.c.version)).scalar_one_or_none()
             if version is None:
-                db.execute(insert(_schema).values(version=SCHEMA))
+                db.execute(insert(VERSIONS).values(version=SCHEMA))
         if version is not None and version != SCHEMA:
             raise FailedPrecondition(
                 f"the ledger has tables of version {version}, this release knows {SCHEMA}",

@@ -137,10 +137,11 @@ async def _proof(data_dir: Path, digest: bytes, wait: float) -> tuple[GetLogResp
                 found = await bus.call(
                     "auditor", "GetInclusion", asked, GetInclusionResponse, timeout=_TIMEOUT_S, instance=log.instance
                 )
-                return log, found
             except (NotFound, FailedPrecondition):
                 if time.monotonic() + _AGAIN_S > deadline:
                     raise
+            else:
+                return log, found
             await asyncio.sleep(_AGAIN_S)
     finally:
         await bus.close()
