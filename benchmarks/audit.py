@@ -65,6 +65,25 @@ FAULTS = {name: fault for name, fault in ALL_FAULTS.items() if not fault.inflati
 """Those that show in the tokens' scores; tokens that the model never said are for ``countersign bench coin``."""
 HONEST = Fault("no fault")
 _STYLES = ("-", "--")
+# What others found (facts and sources: docs/audit.md).
+PAPERS = {
+    "int4": "> 0.999 in 300 [1]; about 1,000 tokens [2]",
+    "int8": "0.530 [3]",
+    "fp8-kv": "1.000 [3]; about 10,000 tokens [2]",
+    "temperature-1.05": "0.970 [3]",
+    "seed": "about 100 tokens [2]",
+}
+TABLE = (
+    "fault",
+    "tokens that differ",
+    "found in 100",
+    "in 300",
+    "in 1000",
+    "AUC, 300",
+    "AUC, 300, bf16",
+    "published mean, bf16",
+    "papers",
+)
 # What the issue asks for: the fault, tokens, least AUC.
 BARS = {
     ("int4", 300): 0.999,
@@ -400,7 +419,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         for name in ("none", *FAULTS)
         for dtype in REFERENCES
     }
-    drawn = []
+    drawn = [_table(detectors, folder / "audit-table.md")]
     for what, draw in (("power", _draw_power), ("roc", _draw_roc)):
         figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
         for axes, dtype in zip(panels, REFERENCES, strict=True):
@@ -414,6 +433,28 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         plt.close(figure)
         drawn.append(file)
     return drawn
+
+
+def _table(detectors: Detectors, file: Path) -> Path:
+    """What docs/audit.md shows, in Markdown."""
+    lines = [
+        "| " + " | ".join(TABLE) + " |",
+        "|" + "---|" * len(TABLE),
+    ]
+    honest = {(dtype, size): detectors["none", dtype].found(size) for dtype in REFERENCES for size in (100, 300, 1000)}
+    means = detectors["none", "bf16"].means(300)
+    for name in FAULTS:
+        same, other = detectors[name, "fp32"], detectors[name, "bf16"]
+        shares = [power(honest["fp32", size], same.found(size)) for size in (100, 300, 1000)]
+        areas = (
+            auc(honest["fp32", 300], same.found(300)),
+            auc(honest["bf16", 300], other.found(300)),
+            auc(means, other.means(300)),
+        )
+        cells = [name, f"{same.differing:.2%}", *(f"{x:.1%}" for x in shares), *(f"{x:.4f}" for x in areas)]
+        lines.append("| " + " | ".join((*cells, PAPERS.get(name, ""))) + " |")
+    file.write_text("\n".join(lines) + "\n")
+    return file
 
 
 def _draw_power(axes: Any, detectors: Detectors, dtype: Dtype) -> None:

@@ -21,6 +21,11 @@ class Detector:
     def __init__(self, answers: Scores, limits: Thresholds) -> None:
         self._answers, self._limits = answers, limits
 
+    @property
+    def differing(self) -> float:
+        """The share of tokens that the reference would not have sampled."""
+        return float((self._answers > 0).mean())
+
     def found(self, size: int) -> Scores:
         """Of each run of ``size`` tokens, how improbable it is: -log10 of its chance."""
         most = 300.0
