@@ -373,6 +373,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
             panel.plot([8.06] * len(toploc), toploc, marker="x", color=line.get_color(), linestyle="none")
         panel.set(xscale="log", xlabel="bytes a token", title=f"{dtype}: 2 tokens (crosses: TOPLOC, 32 tokens)")
         panel.set_xticks([2 * size for size in SIZES], [str(2 * size) for size in SIZES])
+        panel.minorticks_off()
         panel.grid(visible=True, alpha=0.25)
     panels[0].set(ylabel="AUC")
     panels[0].legend(fontsize=8)
