@@ -53,3 +53,9 @@ def test_a_run_is_found_by_the_chance_of_its_tally() -> None:
     assert found == pytest.approx(np.array(wanted))
     assert found[0] > found[1] == 0
     assert Detector(answers, limits).means(4)[0] == pytest.approx((0.3 + CLIP + 0.01) / 4)
+
+
+def test_where_there_is_no_run_nothing_is_said() -> None:
+    honest, none = np.array([0.0, 1.0]), np.array([])
+    assert math.isnan(auc(honest, none))
+    assert math.isnan(power(honest, none))
