@@ -9,7 +9,6 @@ prefix tree once.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import statistics
 import tempfile
@@ -23,7 +22,7 @@ from countersign.batch.folder import BatchFolder
 from countersign.batch.lines import Body, Line
 from countersign.batch.plan import Job, plan_batch
 from countersign.batch.runner import BatchRunner
-from countersign.cli.bench import Row
+from countersign.cli.bench import Row, stack_config
 from countersign.client import Client
 from countersign.services.engine.engine import Engine, kept_of
 from countersign.services.engine.generation import Generation
@@ -173,10 +172,10 @@ async def _through_a_stack(jobs: Sequence[Job]) -> list[Row]:
     for turn in range(2):
         for ours in (True, False) if turn % 2 else (False, True):
             with tempfile.TemporaryDirectory() as folder:
-                settings = [f"data_dir={folder}", "router.listen=127.0.0.1:0", "draft.enabled=false"]
-                settings += [f"target.cache_tokens={CACHE_TOKENS}", "target.kv_store=false"]
+                cache = f"target.cache_tokens={CACHE_TOKENS}"
+                config = stack_config(folder, "draft.enabled=false", cache, "target.kv_store=false")
                 async with (
-                    Supervisor(load(None, os.environ, settings)) as stack,
+                    Supervisor(config) as stack,
                     Client(stack.router_address) as client,
                 ):
                     begin = time.perf_counter()

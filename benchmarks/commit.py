@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, cast
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from countersign.cli.bench import Row
+from countersign.cli.bench import Row, stack_config
 from countersign.cli.prompts import heldout_prompts
 from countersign.client import Client, Tokens
 from countersign.services.engine.engine import Engine
@@ -35,7 +35,7 @@ from countersign.services.protocol.opener import Opener
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.protocol.writer import Writer
 from countersign.services.runtime.bus import Bus
-from countersign.services.runtime.config import Config, NatsConfig, load
+from countersign.services.runtime.config import Config, NatsConfig
 from countersign.services.runtime.journal import Entry, Journal
 from countersign.services.runtime.nats_server import NatsServer
 from countersign.services.runtime.supervisor import SERVICES, Supervisor, service_command
@@ -100,7 +100,7 @@ async def run(quick: bool) -> list[Row]:
     """Rounds, appends, watching, and how soon a planted bug is reported."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        config = load(None, os.environ, [f"data_dir={folder}", "router.listen=127.0.0.1:0"])
+        config = stack_config(folder)
         async with _journal(Path(folder)) as journal:
             rows += await _rounds(config, journal, 1 if quick else 4)
             rows += await _appends(journal, 100 if quick else 500, 10 if quick else 40)
@@ -221,8 +221,7 @@ async def _watching(requests: int) -> list[Row]:
         folders = {True: watched, False: alone}
         configs = {}
         for on, folder in folders.items():
-            settings = [f"data_dir={folder}", "router.listen=127.0.0.1:0", f"sidecar.enabled={str(on).lower()}"]
-            configs[on] = load(None, os.environ, settings)
+            configs[on] = stack_config(folder, f"sidecar.enabled={str(on).lower()}")
         prompts = [p.text for p in heldout_prompts(configs[True].target.model.parent, 16)]
         async with Supervisor(configs[True]) as one, Supervisor(configs[False]) as other:
             addresses = {True: one.router_address, False: other.router_address}
@@ -271,7 +270,7 @@ async def _ends(count: int) -> list[Row]:
     """From a cancel, or a deadline, until the request is closed and its client told."""
     cancels, deadlines = list[float](), list[float]()
     with tempfile.TemporaryDirectory() as folder:
-        config = load(None, os.environ, [f"data_dir={folder}", "router.listen=127.0.0.1:0"])
+        config = stack_config(folder)
         async with Supervisor(config) as stack, Client(stack.router_address) as client:
             for number in range(count):
                 cancels.append(await _cancelled(client, f"cancel-{number}"))
@@ -301,7 +300,7 @@ async def _planted(count: int) -> list[Row]:
     """From the append that no target sampled to the word of it."""
     delays: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        config = load(None, os.environ, [f"data_dir={folder}", "router.listen=127.0.0.1:0"])
+        config = stack_config(folder)
         services = {name: service_command(name) for name in SERVICES}
         services["target"] = [sys.executable, str(PLANTED), "target", "commits_another_token"]
         async with Supervisor(config, services=services) as stack, Client(stack.router_address) as client:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Literal
 
-from countersign.cli.bench import Row
+from countersign.cli.bench import Row, stack_config
 from countersign.cli.prompts import heldout_prompts
 from countersign.client import Answer, Client
-from countersign.services.runtime.config import load
 from countersign.services.runtime.supervisor import Supervisor
 
 TOKENS = 64
@@ -23,7 +21,7 @@ async def run(quick: bool) -> list[Row]:
     """200 prompts of 64 tokens, 16 at a time, each with drafting on and off."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        config = load(None, os.environ, [f"data_dir={folder}", "router.listen=127.0.0.1:0"])
+        config = stack_config(folder)
         prompts = [p.text for p in heldout_prompts(config.target.model.parent, 16 if quick else 200)]
         async with Supervisor(config) as stack:
             for temperature in (0.0, 0.8):

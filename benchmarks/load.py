@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 import tempfile
 import time
@@ -12,10 +11,9 @@ from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from countersign.cli.bench import Row
+from countersign.cli.bench import Row, stack_config
 from countersign.cli.prompts import heldout_prompts
 from countersign.client import Client
-from countersign.services.runtime.config import load
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.supervisor import Supervisor
 from countersign.verify.audit import audit
@@ -43,7 +41,7 @@ async def run(quick: bool) -> list[Row]:
     seconds = 10.0 if quick else 60.0
     tally = Tally()
     with tempfile.TemporaryDirectory() as folder:
-        config = load(None, os.environ, [f"data_dir={folder}", "router.listen=127.0.0.1:0"])
+        config = stack_config(folder)
         prompts = [prompt.text for prompt in heldout_prompts(config.target.model.parent, 100)]
         async with Supervisor(config) as stack:
             key = load_public(config.data_dir / "keys" / "receipts.pub")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import statistics
 import tempfile
 import time
@@ -18,9 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from countersign.cli.bench import Row, load
+from countersign.cli.bench import Row, load, stack_config
 from countersign.client import Client, Finished, Tokens
-from countersign.services.runtime.config import load as load_config
 from countersign.services.runtime.supervisor import Supervisor
 
 SPLIT, UNSPLIT = "split", "unsplit"
@@ -57,12 +55,7 @@ async def run(quick: bool) -> list[Row]:
 @asynccontextmanager
 async def _stacks(folder: Path) -> AsyncIterator[dict[str, str]]:
     """Routers' addresses."""
-    configs = {
-        name: load_config(
-            None, os.environ, [f"data_dir={folder / name}", "router.listen=127.0.0.1:0", CACHE, *settings]
-        )
-        for name, settings in SETTINGS.items()
-    }
+    configs = {name: stack_config(folder / name, CACHE, *settings) for name, settings in SETTINGS.items()}
     async with Supervisor(configs[SPLIT]) as one, Supervisor(configs[UNSPLIT]) as other:
         yield {SPLIT: one.router_address, UNSPLIT: other.router_address}
 

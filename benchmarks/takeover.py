@@ -17,12 +17,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from countersign.cli.bench import Row
+from countersign.cli.bench import Row, stack_config
 from countersign.client import Client, Finished, Tokens
 from countersign.services.protocol.commit import replay as replay_log
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.bus import Bus
-from countersign.services.runtime.config import load
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.registry import Registry
@@ -131,8 +130,7 @@ async def run(quick: bool) -> list[Row]:
 
 @asynccontextmanager
 async def _stage(folder: Path) -> AsyncIterator[Stage]:
-    settings = ["router.listen=127.0.0.1:0", "target.processes=2", "sidecar.record=true"]
-    config = load(None, os.environ, [f"data_dir={folder}", *settings])
+    config = stack_config(folder, "target.processes=2", "sidecar.record=true")
     services = {name: service_command(name) for name in SERVICES} | {"router-2": service_command("router")}
     async with Supervisor(config, services=services) as stack:
         bus = await Bus.connect(stack.nats_url, "benchmark")
