@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from torch import Tensor
 
 from countersign.services.engine.engine import Engine, complete, kept_of
 from countersign.services.engine.errors import EngineError, InvalidBlock
@@ -13,7 +12,7 @@ from countersign.services.engine.generation import Generation
 from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Model
 from countersign.services.engine.pages import PAGE_TOKENS
-from countersign.services.engine.step import AfterLayer, Span
+from countersign.services.engine.step import AfterLayer, Computed, Span
 
 PROMPT = [(7 * index) % 96 for index in range(75)]
 
@@ -114,12 +113,13 @@ def test_blocks_whose_numbers_are_not_finite_are_never_told_whole(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, told = engine(model), Told(model.config.layers)
-    forward = model.forward
+    compute = model.compute
 
-    def broken(cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Tensor:
-        return forward(cache, spans, after_layer) * float("nan")
+    def broken(cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Computed:
+        computed = compute(cache, spans, after_layer)
+        return Computed(computed.logits * float("nan"), computed.states)
 
-    monkeypatch.setattr(model, "forward", broken)
+    monkeypatch.setattr(model, "compute", broken)
     keys = [bytes([index]) * 32 for index in range(len(PROMPT) // PAGE_TOKENS)]
     with pytest.raises(EngineError, match="not finite"):
         complete(here, [Generation("r", list(PROMPT), 1, keys=keys, filled=told)])
