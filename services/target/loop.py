@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 # Times in a row that the ranks may be lost before requests end for it.
 MAX_LOSSES = 3
+# How long nobody wants anything before it is a time to check the books.
+IDLE_S = 0.25
 # Blocks that leave the cache between two passes: a megabyte or a few.
 EXPORTED_AT_ONCE = 16
 
@@ -324,21 +326,26 @@ class TargetLoop:
             self._wake.set()
 
     async def _sleep(self) -> None:
-        """Until something changes or the nearest deadline passes. An idle house looks whether all is in its place."""
-        if not (self._sessions or self._prefills or self._checked):
-            self._checked = True
-            try:
-                await self._in_thread(self._engine.check)
-            except RankLost:
-                raise
-            except EngineError:
-                self._log.exception("the engine's books are wrong")
+        """Until something changes or the nearest deadline passes. A house that stays idle looks whether all is in its
+        place: not at once, since others on this host may go on with what it has just done.
+        """
+        idle = not (self._sessions or self._prefills or self._checked)
         deadline = self._engine.scheduler.next_deadline
         timeout = max(0.0, (deadline - self._wall_ms()) / 1000) if deadline is not None else None
         try:
-            await asyncio.wait_for(self._wake.wait(), timeout)
+            await asyncio.wait_for(self._wake.wait(), IDLE_S if idle else timeout)
         except TimeoutError:
-            return
+            if idle:
+                await self._check()
+
+    async def _check(self) -> None:
+        self._checked = True
+        try:
+            await self._in_thread(self._engine.check)
+        except RankLost:
+            raise
+        except EngineError:
+            self._log.exception("the engine's books are wrong")
 
     async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
