@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from countersign.verify import cbor, merkle, multiproof
-from countersign.verify.errors import Malformed, NotCheckable, OpeningMismatch
+from countersign.verify.errors import Inconsistent, Malformed, NotCheckable, OpeningMismatch
 from countersign.verify.payload import Activations, Receipt
 
 MAX_OPENED = 512
@@ -55,7 +55,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Challenge:
-    """The positions that were drawn after the receipt was signed, and the provider's answer .
+    """The positions that were drawn after the receipt was signed, and the provider's answer.
 
     ``answer``: None where none came before the deadline.
     """
@@ -71,7 +71,7 @@ def activation_leaf(request_id: str, index: int, fingerprint: bytes, salt: bytes
     return merkle.leaf_hash(_DOMAIN + entry)
 
 
-def commit(request_id: str, fingerprints: Sequence[bytes], salt_key: bytes, seed: int = SEED) -> Activations | None:
+def commit(request_id: str, fingerprints: Sequence[bytes], salt_key: bytes) -> Activations | None:
     """What the receipt says of the fingerprints of all output tokens, in order; None where there are none.
 
     Raises:
@@ -83,7 +83,7 @@ def commit(request_id: str, fingerprints: Sequence[bytes], salt_key: bytes, seed
     if size % 2 or any(len(each) != size for each in fingerprints):
         raise ValueError("fingerprints are fp16 numbers, as many for each token")
     root = merkle.root(_leaves(request_id, fingerprints, salt_key))
-    return Activations("difr/v1", size // 2, "fp16", seed, len(fingerprints), root)
+    return Activations("difr/v1", size // 2, "fp16", SEED, len(fingerprints), root)
 
 
 def open_positions(request_id: str, fingerprints: Sequence[bytes], salt_key: bytes, positions: Sequence[int]) -> Answer:
@@ -122,11 +122,14 @@ def check(receipt: Receipt, answer: Answer, positions: Sequence[int]) -> None:
 
     Raises:
         NotCheckable: the receipt commits to no fingerprints.
+        Inconsistent: their projection is one of the provider's own choice.
         Malformed, OpeningMismatch: something is missing, too much, or not what was signed.
     """
     signed = receipt.evidence.activations
     if signed is None:
         raise none_committed()
+    if signed.seed != SEED:
+        raise Inconsistent("the fingerprints are of a projection that the provider has chosen", seed=signed.seed)
     opened = answer.openings
     if [each.index for each in opened] != list(positions):
         raise OpeningMismatch("other positions are opened than were drawn", drawn=len(positions), opened=len(opened))

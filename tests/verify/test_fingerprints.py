@@ -111,6 +111,16 @@ def test_positions_that_do_not_rise_within_the_answer_are_not_opened(positions: 
         opened(*positions)
 
 
+def test_a_projection_of_the_providers_own_choice_is_refused() -> None:
+    """Its seed is 64 bits to search for one that hides a fault."""
+    activations = RECEIPT.evidence.activations
+    assert activations is not None
+    chosen = dataclasses.replace(activations, seed=activations.seed + 1)
+    receipt = dataclasses.replace(RECEIPT, evidence=dataclasses.replace(RECEIPT.evidence, activations=chosen))
+    with pytest.raises(Inconsistent, match="provider has chosen"):
+        check(receipt, opened(3, 7, 12), [3, 7, 12])
+
+
 def test_an_answer_is_shorter_than_a_path_for_each_position() -> None:
     prints = PRINTS[:1] * 300
     drawn = range(0, 300, 19)
