@@ -44,12 +44,12 @@ from countersign.services.runtime.config import load
 from countersign.services.runtime.supervisor import Supervisor
 from countersign.services.target.faults import FAULTS as ALL_FAULTS
 from countersign.services.target.faults import DishonestRunner, Fault, load_dishonest, shifted
+from countersign.verify.arithmetic import Arithmetic, Dtype
 from countersign.verify.audit import audit
 from countersign.verify.difr import load_reference, score_tokens
 from countersign.verify.difr.calibration import SLACK
 from countersign.verify.difr.detection import Detector, Scores, auc, interval, power
 from countersign.verify.difr.evidence import Evidence
-from countersign.verify.difr.profile import Arithmetic, Dtype
 from countersign.verify.difr.statistics import upper_rate
 from countersign.verify.difr.verdict import THRESHOLDS, Thresholds, judge
 from countersign.verify.keys import load_public

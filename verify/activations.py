@@ -25,7 +25,9 @@ import torch
 from countersign.kernels.fingerprint import Fingerprinter
 from countersign.services.engine.errors import EngineError
 from countersign.services.engine.model import Model
-from countersign.verify.difr.level import Reference, arithmetic_of, check_comparable
+from countersign.verify.arithmetic import arithmetic_of
+from countersign.verify.difr.level import Reference, check_comparable
+from countersign.verify.difr.profile import SAME_BITS
 from countersign.verify.difr.scores import Kept, teacher_forced
 from countersign.verify.difr.statistics import binomial_tail, mean_chance, mean_limit, tokens_needed
 from countersign.verify.errors import NotCheckable, OpeningMismatch
@@ -101,7 +103,7 @@ def audit_activations(
 
     Raises:
         NotCheckable: no fingerprints, no positions, other weights, or a text that the reference cannot compute.
-        OpeningMismatch, Malformed: the answer does not open what was signed and drawn.
+        Inconsistent, OpeningMismatch, Malformed: the answer does not open what was signed and drawn.
     """
     signed = receipt.evidence.activations
     if signed is None:
@@ -208,6 +210,6 @@ def judge(distances: Sequence[float], tolerance: Tolerance, *, complete: bool) -
 
 def tolerance_of(reference: Reference, receipt: Receipt) -> Tolerance:
     """By what the receipt says computed it, and what the reference computes with."""
-    if arithmetic_of(receipt) == reference.arithmetic and reference.arithmetic.executor == "native":
+    if arithmetic_of(receipt) == reference.arithmetic and reference.arithmetic.executor in SAME_BITS:
         return SAME
     return OTHER[receipt.model.dtype]

@@ -232,10 +232,12 @@ class _Audit:
         notes = "".join(f"; not checked: {note}" for note in report.unchecked)
         if report.outcome == "inconclusive":
             needed, size = report.figures["tokens_needed"], report.figures["sample_size"]
-            why = f"nothing is wrong with the {size:.0f} tokens, but it takes {needed:.0f} to say more"
-            return LevelReport(
-                "tokens", "inconclusive", why + notes, report.figures, "audit longer answers, or several"
-            )
+            why, advice = f"it takes {needed:.0f} to say more", "audit longer answers, or several"
+            if size >= needed:
+                why = f"nobody has measured what honest answers by {report.arithmetic} score here"
+                advice = "calibrate the reference (countersign calibrate), or ask for answers of an arithmetic that is"
+            why = f"nothing is wrong with the {size:.0f} tokens, but {why}"
+            return LevelReport("tokens", "inconclusive", why + notes, report.figures, advice)
         return LevelReport("tokens", "pass", f"{_praise(report.figures)} ({report.source}){notes}", report.figures)
 
     def activations(self) -> LevelReport:

@@ -41,20 +41,23 @@ def run(model: Path, tmp_path: Path, *words: str) -> dict[str, object]:
 
 
 def test_a_profile_is_made_signed_and_used_by_the_audit(model: Path, tmp_path: Path) -> None:
-    told = run(model, tmp_path)
+    told = run(model, tmp_path, "--tokens", "100")
     entries = told["entries"]
     assert isinstance(entries, list)
     assert {(entry["provider"], entry["reference"]) for entry in entries} >= {("eager fp32", "eager fp32")}
     reference = load_reference(model, "fp32")
     assert reference.profile is not None
     claimed = dataclasses.replace(model_of(reference), build="countersign/0 eager torch/0")
-    output = generate(reference, PROMPT, Asked(temperature=0.0), 20)
+    output = generate(reference, PROMPT, Asked(temperature=0.0), 60)
     report = audit_tokens(reference, *example_receipt(PROMPT, output, model=claimed, asked=Asked(temperature=0.0)))
     assert (report.outcome, report.failures) == ("pass", ())
     assert "honest answers" in report.source
     unknown = dataclasses.replace(claimed, build="countersign/0 abacus torch/0")
     report = audit_tokens(reference, *example_receipt(PROMPT, output, model=unknown, asked=Asked(temperature=0.0)))
-    assert report.source == "reasoned, not calibrated"
+    assert (report.outcome, report.source) == ("pass", "reasoned, not calibrated")
+    unknown = dataclasses.replace(unknown, dtype="bf16")
+    report = audit_tokens(reference, *example_receipt(PROMPT, output, model=unknown, asked=Asked(temperature=0.0)))
+    assert (report.outcome, report.failures) == ("inconclusive", ()), "the room for bf16 is not for whoever asks for it"
 
 
 def test_a_profile_of_other_weights_is_refused_by_name(model: Path, tmp_path: Path) -> None:
@@ -93,5 +96,7 @@ def test_the_same_answers_are_the_same_bits_whatever_the_condition(model: Path, 
     entries = run(model, tmp_path)["entries"]
     assert isinstance(entries, list)
     for entry in entries:
-        assert entry["exact"] == (entry["provider"] == entry["reference"])
         assert entry["tokens"] > 0
+        assert entry["exact"] is False, "torch's bits are those of this machine"
+        if entry["provider"] == entry["reference"]:
+            assert entry["differing"] == entry["largest"] == 0

@@ -18,7 +18,8 @@ from countersign.services.engine.kv import PagedCache
 from countersign.services.engine.model import Backend, Model, load_model
 from countersign.services.engine.sampling import Sampling
 from countersign.services.protocol.keys import chain_keys, root_key
-from countersign.verify.difr.profile import Arithmetic, Dtype, Honest, Profile, counted
+from countersign.verify.arithmetic import Arithmetic, Dtype
+from countersign.verify.difr.profile import Honest, Profile, counted
 from countersign.verify.difr.scores import score_tokens
 
 SLACK = {"fp32": 1e-3, "bf16": 0.05}

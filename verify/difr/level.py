@@ -10,8 +10,9 @@ from countersign.services.engine.errors import EngineError
 from countersign.services.engine.model import Backend, Model, load_model
 from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.text import StopMatcher, Tokenizer
+from countersign.verify.arithmetic import Arithmetic, arithmetic_of
 from countersign.verify.difr import profile as profiles
-from countersign.verify.difr.profile import Arithmetic, Profile
+from countersign.verify.difr.profile import Profile
 from countersign.verify.difr.scores import Kept, TokenScore, score_tokens
 from countersign.verify.difr.verdict import THRESHOLDS, Power, Thresholds, judge
 from countersign.verify.errors import KeyFileError, NotCheckable, VerificationError
@@ -41,7 +42,8 @@ class Reference:
 @dataclass(frozen=True, slots=True)
 class TokenReport:
     """What the level found: how it ended, why the answer is refused (nothing if it is not), what was not checked, the
-    figures, where the thresholds come from, and what the reference says of each token.
+    figures, where the thresholds come from, what the reference says of each token, and what the receipt says computed
+    them.
     """
 
     outcome: Literal["pass", "fail", "inconclusive"]
@@ -50,6 +52,7 @@ class TokenReport:
     figures: dict[str, float]
     source: str = ""
     scores: tuple[TokenScore, ...] = ()
+    arithmetic: str = ""
 
 
 def load_reference(folder: Path, dtype: Literal["fp32", "bf16"], backend: Backend = "auto") -> Reference:
@@ -116,7 +119,10 @@ def audit_tokens(
     else:
         failures += finish_failures(reference, receipt, openings)
     outcome = "fail" if failures else verdict.outcome
-    return TokenReport(outcome, failures, tuple(unchecked), verdict.figures, thresholds.source, tuple(scores))
+    computed_by = str(arithmetic_of(receipt))
+    return TokenReport(
+        outcome, failures, tuple(unchecked), verdict.figures, thresholds.source, tuple(scores), computed_by
+    )
 
 
 def thresholds_of(reference: Reference, receipt: Receipt) -> Thresholds:
@@ -127,12 +133,6 @@ def thresholds_of(reference: Reference, receipt: Receipt) -> Thresholds:
         except NotCheckable:
             pass  # an arithmetic that nobody has calibrated
     return THRESHOLDS[receipt.model.dtype]
-
-
-def arithmetic_of(receipt: Receipt) -> Arithmetic:
-    """What the receipt says computed it: ``build`` names the executor after the release."""
-    _, _, rest = receipt.model.build.partition(" ")
-    return Arithmetic(receipt.model.dtype, rest.partition(" ")[0] or "unknown")
 
 
 def stop_string_position(tokenizer: Tokenizer, openings: Openings) -> int | None:
@@ -189,6 +189,11 @@ def check_comparable(reference: Reference, receipt: Receipt) -> None:
             )
     if receipt.output.tokens == 0:
         raise NotCheckable("there is no output token to check")
+    check_length(reference, receipt)
+
+
+def check_length(reference: Reference, receipt: Receipt) -> None:
+    """Raises NotCheckable: no answer of the reference is as long, and neither should its audit be."""
     total = receipt.request.prompt_tokens + receipt.output.tokens
     if total > reference.model.config.context_length:
         raise NotCheckable("the text is longer than the reference's context", tokens=total)

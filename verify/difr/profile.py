@@ -3,14 +3,15 @@
 A profile is of one model. It has an entry for each pairing of a provider's arithmetic with a reference's, over the
 conditions that were run (batch sizes, chunks, caches, ranks, devices), pooled: an auditor does not know which it was.
 
-Where an entry is ``exact``, provider and reference compute the same bits (batch-invariant kernels): a single token that
-the reference would not have sampled is a contradiction, however many were counted. Everywhere else counts become upper
-confidence bounds on rates.
+Where an entry is ``exact``, provider and reference compute the same bits on any machine (``SAME_BITS``): a single token
+that the reference would not have sampled is a contradiction, however many were counted. Everywhere else counts become
+upper confidence bounds on rates, also where none was found: torch's bits are those of a machine and of a release.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -19,7 +20,8 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from countersign.verify import statement
-from countersign.verify.difr.statistics import mean_limit, upper_rate
+from countersign.verify.arithmetic import Arithmetic
+from countersign.verify.difr.statistics import upper_mean, upper_rate
 from countersign.verify.difr.verdict import CLIP, Limit, Tally, Thresholds
 from countersign.verify.errors import Malformed, NotCheckable
 from countersign.verify.payload import Count, Digest, Name, UnixMilliseconds
@@ -37,29 +39,21 @@ TOLERANCES = (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.25, 1.0)
 CONFIDENCE = 1e-3
 """Chance that a true rate is above its bound."""
 
-Dtype = Literal["fp32", "bf16"]
-Share = Annotated[float, msgspec.Meta(ge=0)]
+SAME_BITS = frozenset({"native"})
+"""Executors whose bits depend neither on the machine nor on what else is computed."""
 
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """How a model was computed: the dtype, and the executor's name (engine/model.py), or another engine's."""
-
-    dtype: Dtype
-    executor: Name
-
-    def __str__(self) -> str:
-        return f"{self.executor} {self.dtype}"
+Logits = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+Slack = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Honest:
-    """The scores of honest answers of ``provider`` under ``reference``.
+    """The scores of honest answers of ``provider`` under ``reference``. Raises ValueError: more was found than counted.
 
     Attributes:
         conditions: What was run, for people.
         slack: With which they were scored, in logits.
-        exact: Both compute the same bits, and no score was above 0.
+        exact: Both compute the same bits on any machine, and no score was above 0.
         outside: Tokens out of support.
         above: Tokens in support that score above each of ``TOLERANCES``.
         clipped: Sum of the clipped scores.
@@ -69,25 +63,29 @@ class Honest:
     provider: Arithmetic
     reference: Arithmetic
     conditions: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
-    slack: Share
+    slack: Slack
     exact: bool
     answers: Count
     tokens: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
     outside: Count
     above: Annotated[tuple[Count, ...], msgspec.Meta(min_length=len(TOLERANCES), max_length=len(TOLERANCES))]
-    clipped: Share
-    largest: Share
+    clipped: Annotated[float, msgspec.Meta(ge=0, le=2**32)]
+    largest: Logits
+
+    def __post_init__(self) -> None:
+        if max(self.outside, *self.above) > self.tokens or self.clipped > CLIP * self.tokens:
+            raise ValueError(f"more than {self.tokens} tokens score above nothing")
 
     def thresholds(self) -> Thresholds:
         """What an honest answer of this pairing stays within."""
-        counted = f"{self.tokens} tokens of {self.answers} honest answers"
+        counted = f"{self.tokens} tokens of {self.answers} honest answers by {self.provider}"
         if self.exact:
             return Thresholds((Limit(0.0, 0.0),), 0.0, 0.0, 0.0, f"{counted}, all the reference's own choice")
         limits = tuple(
             Limit(tolerance, upper_rate(count, self.tokens, CONFIDENCE))
             for tolerance, count in zip(TOLERANCES, self.above, strict=True)
         )
-        mean = mean_limit(self.clipped / self.tokens, CLIP, self.tokens, CONFIDENCE)
+        mean = upper_mean(self.clipped / self.tokens, CLIP, self.tokens, CONFIDENCE)
         return Thresholds(limits, upper_rate(self.outside, self.tokens, CONFIDENCE), mean, self.slack, counted)
 
 
@@ -136,13 +134,13 @@ def counted(
         reference,
         tuple(conditions),
         slack=slack,
-        exact=provider == reference and not any(flat),
+        exact=provider == reference and provider.executor in SAME_BITS and not any(flat),
         answers=len(answers),
         tokens=tally.size,
         outside=tally.outside,
         above=tally.above,
         clipped=tally.clipped,
-        largest=max((score for score in flat if score < float("inf")), default=0.0),
+        largest=max((score for score in flat if math.isfinite(score)), default=0.0),
     )
 
 

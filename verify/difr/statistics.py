@@ -1,11 +1,13 @@
 """How improbable counts and means are where a provider is honest. Pure numbers; tokens count as independent.
 
-Fixed samples are judged by the binomial tail and by Bernstein's inequality, both of which hold at any sample size.
+Fixed samples are judged by the binomial tail and by Bernstein's inequality, true rates and means are bounded by Clopper
+and Pearson's interval and by Hoeffding's first inequality; all of these hold at any sample size.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 
@@ -46,19 +48,24 @@ def upper_rate(count: int, size: int, level: float) -> float:
     """The largest rate that ``count`` of ``size`` does not refute at ``level`` (Clopper and Pearson, one-sided)."""
     if count >= size:
         return 1.0
-    low, high = count / size, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if 1 - binomial_tail(count + 1, size, middle) > level:  # so few are not yet improbable
-            low = middle
-        else:
-            high = middle
-    return high
+    return _last(lambda rate: 1 - binomial_tail(count + 1, size, rate) > level, count / size)
 
 
 def lower_rate(count: int, size: int, level: float) -> float:
     """The smallest rate that ``count`` of ``size`` does not refute at ``level``."""
     return 1.0 - upper_rate(size - count, size, level)
+
+
+def upper_mean(found: float, most: float, size: int, level: float) -> float:
+    """The largest mean of numbers from 0 to ``most`` that ``found``, the mean of ``size`` of them, does not refute.
+
+    With p and q the means over ``most``, ``size`` numbers have a mean as low as p with a chance of at most
+    exp(-size KL(p, q)) (Hoeffding 1963, theorem 1).
+    """
+    share = found / most
+    if share >= 1:
+        return most
+    return most * _last(lambda other: size * _divergence(share, other) < -math.log(level), share)
 
 
 def mean_chance(found: float, mean: float, most: float, size: int) -> float:
@@ -101,3 +108,20 @@ def tokens_needed(rate: float, level: float, share: float, chance: float) -> int
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
+
+
+def _last(holds: Callable[[float], bool], first: float) -> float:
+    """Where from ``first`` to 1 ``holds`` ends to be true, rounded up."""
+    low, high = first, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return high
+
+
+def _divergence(share: float, other: float) -> float:
+    """Kullback and Leibler's, of a coin of ``share`` from one of ``other``, which lies from there to below 1."""
+    if other >= 1:
+        return math.inf
+    seen = share * math.log(share / other) if share else 0.0
+    return seen + (1 - share) * (math.log1p(-share) - math.log1p(-other))

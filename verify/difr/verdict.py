@@ -1,7 +1,8 @@
 """Scores and thresholds to a verdict: the one place where it is decided.
 
     fail           a test refuses: what was found happens to honest answers with a chance below ``FALSE_POSITIVES``
-    inconclusive   none does, and there are fewer tokens than the power that is asked for takes
+    inconclusive   none does, and there are fewer tokens than the power that is asked for takes, or the thresholds leave
+                   room that nobody has measured honest answers to need
     pass           none does, and there are enough
 
 A failure is one however few tokens there are; only the lack of one needs enough of them to mean something. The tests
@@ -47,6 +48,7 @@ class Thresholds:
         mean: Of the clipped scores.
         slack: With which the scores are to be computed, see ``scores``.
         source: Where these numbers come from, for people.
+        guessed: Nobody has measured that honest answers need so much room. Enough to refuse, not to pass.
     """
 
     limits: tuple[Limit, ...]
@@ -54,6 +56,7 @@ class Thresholds:
     mean: float
     slack: float
     source: str
+    guessed: bool = False
 
     @property
     def level(self) -> float:
@@ -65,9 +68,11 @@ THRESHOLDS: dict[Literal["fp32", "bf16"], Thresholds] = {
     # The same weights in fp32 on other batches or machines differ by about 1e-5, a hundredth of this.
     "fp32": Thresholds((Limit(1e-3, 0.0),), 0.0, 2e-4, 1e-3, "reasoned, not calibrated"),
     # bf16 carries 8 bits: honest providers match more than 98 % of tokens (DiFR, abstract), the rest are near ties.
-    "bf16": Thresholds((Limit(0.0, 0.04), Limit(0.25, 0.01)), 0.01, 0.02, 0.05, "reasoned, not calibrated"),
+    "bf16": Thresholds((Limit(0.0, 0.04), Limit(0.25, 0.01)), 0.01, 0.02, 0.05, "reasoned, not calibrated", True),
 }
-"""By the dtype that the receipt declares, for references without a profile."""
+"""By the dtype that the receipt declares, where the reference has no profile, or none of the arithmetic that the
+receipt names. That name is the provider's to choose: what forgives nothing in fp32 may pass, the room for bf16 may not.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,8 @@ def judge(scores: Sequence[float], thresholds: Thresholds, power: Power = Power(
     tally = Tally.of(scores, thresholds)
     failures = tuple(_refusals(tally, thresholds))
     needed = power.tokens(thresholds)
-    outcome: Literal["pass", "fail", "inconclusive"] = "pass" if tally.size >= needed else "inconclusive"
+    enough = tally.size >= needed and not thresholds.guessed
+    outcome: Literal["pass", "fail", "inconclusive"] = "pass" if enough else "inconclusive"
     return Verdict("fail" if failures else outcome, failures, _figures(scores, tally, thresholds, needed))
 
 

@@ -21,7 +21,10 @@ def answer(drawn: random.Random, share: float, score: float, size: int = 50) -> 
     return [score if drawn.random() < share else 0.0 for _ in range(size)]
 
 
-@pytest.mark.parametrize(("share", "score"), [(0.01, 0.04), (1e-4, 0.4), (1e-4, math.inf), (2.5e-3, 0.2)])
+@pytest.mark.parametrize(
+    ("share", "score"),
+    [(HEADROOM * share, score) for share, score in [(0.01, 0.04), (1e-4, 0.4), (1e-4, math.inf), (2.5e-3, 0.2)]],
+)
 def test_honest_providers_at_the_very_limit_are_refuted_no_more_often_than_said_whenever_one_looks(
     share: float, score: float
 ) -> None:

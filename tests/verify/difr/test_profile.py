@@ -8,8 +8,9 @@ import math
 import pytest
 
 from countersign.verify import cbor, statement
+from countersign.verify.arithmetic import Arithmetic
 from countersign.verify.difr import profile as profiles
-from countersign.verify.difr.profile import Arithmetic, Honest, Profile, counted
+from countersign.verify.difr.profile import Honest, Profile, counted
 from countersign.verify.difr.verdict import judge
 from countersign.verify.errors import BadSignature, Malformed, NotCheckable, Untrusted, VerificationError
 from countersign.verify.testing import signing_key
@@ -69,6 +70,26 @@ def test_where_all_bits_are_the_same_one_odd_token_refutes() -> None:
 def test_same_arithmetic_with_a_score_above_nothing_is_not_exact() -> None:
     assert not entry([[0.0] * 50 + [1e-6]], NATIVE, NATIVE).exact
     assert not entry([[0.0] * 50], NATIVE, BF16).exact
+
+
+def test_torch_s_bits_are_a_machine_s_so_that_one_odd_token_refutes_nobody() -> None:
+    torch = Arithmetic("fp32", "eager")
+    honest = entry([[0.0] * 50] * 100, torch, torch)
+    assert not honest.exact
+    assert judge([0.0] * 299 + [1e-6], honest.thresholds()).outcome == "pass"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"outside": 5001}, {"above": (5001,) * 7}, {"clipped": 2501.0}, {"slack": 1.1}, {"slack": math.inf}],
+    ids=str,
+)
+def test_numbers_that_no_calibration_gives_are_malformed(changed: dict[str, object]) -> None:
+    profile = dataclasses.asdict(example())
+    profile["entries"] = ({**dataclasses.asdict(entry([[0.0] * 50] * 100)), **changed},)
+    data = statement.sign(profile, profiles.CONTENT_TYPE, signing_key())
+    with pytest.raises(Malformed):
+        profiles.verify(data, [signing_key().public_key()])
 
 
 def test_rates_are_bounds_that_more_honest_tokens_draw_closer() -> None:

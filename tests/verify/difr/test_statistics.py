@@ -16,6 +16,7 @@ from countersign.verify.difr.statistics import (
     mean_chance,
     mean_limit,
     tokens_needed,
+    upper_mean,
     upper_rate,
 )
 
@@ -52,6 +53,24 @@ def test_a_rate_lies_within_its_bounds_and_more_tokens_draw_them_together(size: 
 
 def test_none_among_n_bounds_the_rate_by_the_rule_of_three() -> None:
     assert upper_rate(0, 1000, 0.05) == pytest.approx(3 / 1000, rel=0.01)
+
+
+@pytest.mark.parametrize("expected", [0.1, 1, 3, 4.9, 7, 12, 40, 300])
+@pytest.mark.parametrize("level", [0.05, 1e-3])
+def test_a_true_mean_is_above_its_bound_no_more_often_than_said(expected: float, level: float) -> None:
+    """Numbers that are 0 or the most, which spread as widely as can be."""
+    size, most = 5000, 0.5
+    rate = expected / size
+    low = 0  # the first count that does not refute the true mean
+    while upper_mean(low * most / size, most, size, level) < rate * most:
+        low += 1
+    assert 1 - binomial_tail(low, size, rate) <= level
+
+
+@given(st.floats(0, 0.5), st.integers(1, 10_000))
+def test_the_bound_of_a_mean_is_within_what_there_is_and_more_numbers_draw_it_closer(found: float, size: int) -> None:
+    assert found <= upper_mean(found, 0.5, size, 1e-3) <= 0.5
+    assert upper_mean(found, 0.5, 10 * size, 1e-3) <= upper_mean(found, 0.5, size, 1e-3) + 1e-12
 
 
 @given(st.floats(0, 0.1), st.integers(1, 10_000), st.sampled_from([1e-2, 1e-4]))

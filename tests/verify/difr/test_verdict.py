@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -82,7 +83,18 @@ def test_a_verdict_is_a_pass_only_with_enough_tokens_and_a_failure_with_any_numb
     verdict, needed = judge(answer, limits), Power().tokens(limits)
     assert (verdict.outcome == "fail") == bool(verdict.failures)
     if not verdict.failures:
-        assert verdict.outcome == ("pass" if len(answer) >= needed else "inconclusive")
+        enough = len(answer) >= needed and not limits.guessed
+        assert verdict.outcome == ("pass" if enough else "inconclusive")
+
+
+def test_room_that_nobody_has_measured_refuses_and_never_passes() -> None:
+    """Else a provider would name an arithmetic that nobody knows, and have one token in 25 wherever it likes."""
+    cheated = ([0.0] * 29 + [0.2]) * 30
+    assert judge(cheated, BF16).failures == ()
+    assert judge(cheated, BF16).outcome == "inconclusive"
+    assert judge([0.0] * 900, dataclasses.replace(BF16, guessed=False)).outcome == "pass"
+    assert judge([math.inf] * 900, BF16).outcome == "fail"
+    assert not FP32.guessed, "in fp32 it forgives nothing"
 
 
 @given(scores, thresholds, st.data())
