@@ -14,6 +14,7 @@ from countersign.verify.coin.canonical import Spelling, spelling
 from countersign.verify.coin.embedding import Embedder
 from countersign.verify.coin.heads import Heads, Judge, blocks_of
 from countersign.verify.difr import Reference
+from countersign.verify.difr.level import check_length
 from countersign.verify.errors import NotCheckable
 from countersign.verify.receipt import Openings, Receipt
 from countersign.verify.segments import hidden_runs, visible_runs
@@ -33,7 +34,7 @@ def audit_meaning(reference: Reference, receipt: Receipt, openings: Openings) ->
     """The heads and the spelling, for a receipt whose openings were found to be the signed ones.
 
     Raises:
-        NotCheckable: another tokenizer, or the sentence embeddings are not installed.
+        NotCheckable: another tokenizer, a text too long for the reference, or no sentence embeddings here.
     """
     tokenizer = reference.tokenizer
     if tokenizer is None or reference.model.digests.tokenizer != receipt.model.tokenizer:
@@ -41,6 +42,7 @@ def audit_meaning(reference: Reference, receipt: Receipt, openings: Openings) ->
             "the tokens cannot be read: the tokenizer here is not the receipt's",
             help="name the folder of the weights that the receipt wants (--model FOLDER)",
         )
+    check_length(reference, receipt)
     doubts, figures = _spelled(tokenizer, receipt, openings)
     if receipt.output.hidden:
         more, found = _meant(tokenizer, receipt, openings)

@@ -158,6 +158,25 @@ def test_a_client_s_copy_cannot_be_read(reference: Reference, thought: Thought) 
     assert "not disclosed" in report.levels[-1].summary
 
 
+def test_a_thought_longer_than_the_models_context_is_not_read(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A receipt may open a million tokens, and each 32 of them cost the auditor an embedding."""
+    monkeypatch.setattr(Embedder, "embed", None)
+    context = reference.model.config.context_length
+    output = (1, *[5] * context)
+    receipt = example_receipt((3,), output, model=model_of(reference), hidden=HiddenMarkers(1, 2))
+    report = audited(sign(*receipt, KEY), reference, "meaning")
+    assert outcomes(report)["meaning"] == "inconclusive"
+    assert "longer than the reference's context" in report.levels[-1].summary
+
+
+def test_ids_that_are_no_tokens_give_doubt_and_no_exception(reference: Reference, thought: Thought) -> None:
+    odd = Thought(thought.prompt, (*thought.hidden, *[2**32 - 1] * 40), thought.visible)
+    report = audited(signed(reference, odd), reference, "meaning")
+    assert outcomes(report)["meaning"] == "inconclusive"
+
+
 def test_another_tokenizer_cannot_read_it(reference: Reference, thought: Thought, tmp_path: Path) -> None:
     other = load_reference(write_tiny_model(tmp_path), "fp32")
     report = audited(signed(reference, thought), other, "meaning")
