@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from countersign.verify import cose_receipt, merkle
+from countersign.verify.arithmetic import arithmetic_of
 from countersign.verify.cose import key_id
 from countersign.verify.errors import Inconsistent, NotCheckable, Untrusted
 from countersign.verify.log import checkpoint as notes
@@ -30,6 +31,7 @@ class TrustPolicy:
         logged: Whether a receipt must be in a trusted log, and under a checkpoint with that quorum if there is one.
         now_unix_ms: The time; None leaves clocks out.
         max_age_ms: How long ago an answer may have been finished; None sets no bound.
+        arithmetics: How the targets compute, such as "native fp32" (see ``arithmetic``); none given: as they say.
     """
 
     receipt_keys: tuple[Ed25519PublicKey, ...] = ()
@@ -39,6 +41,7 @@ class TrustPolicy:
     logged: bool = False
     now_unix_ms: int | None = None
     max_age_ms: int | None = None
+    arithmetics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class TrustRules:
            logs count for nothing.
         10. A carried checkpoint is one that ``checkpoint`` believes, over the tree of one of these proofs.
         11. Where logging is demanded: there is a proof, and with a quorum such a checkpoint.
+        12. Where arithmetics are given: the receipt names one of them, not one with more room for errors.
 
     ``checkpoint`` (size and root of a log):
         1. Signed by a trusted log under its own origin, and no line of a known key is wrong.
@@ -104,6 +108,7 @@ class TrustRules:
         checkpoint, unknown = self._carried(signed, included)  # 10
         if self._policy.logged:  # 11
             self._logged(included, checkpoint)
+        self._computed(signed)  # 12
         return Trusted(signed, included, checkpoint, (*foreign, *unknown))
 
     def checkpoint(self, note: bytes) -> Signed:
@@ -187,6 +192,11 @@ class TrustRules:
             raise NotCheckable(
                 "no checkpoint that witnesses have cosigned", help="ask the log for the proof with its checkpoint"
             )
+
+    def _computed(self, signed: SignedReceipt) -> None:
+        named, agreed = str(arithmetic_of(signed.receipt)), self._policy.arithmetics
+        if agreed and named not in agreed:
+            raise Inconsistent("computed otherwise than was agreed", named=named, agreed=", ".join(agreed))
 
 
 def _witnesses(signed: Signed) -> int:

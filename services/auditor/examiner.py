@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from countersign.services.runtime.errors import FailedPrecondition
 from countersign.verify.audit import AuditReport, Dtype, Level, audit
 from countersign.verify.errors import KeyFileError
 from countersign.verify.keys import load_public
+from countersign.verify.trust import TrustPolicy
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -28,13 +29,14 @@ class Examiner:
     """Holds the reference weights, which are loaded at the first audit that reaches the tokens.
 
     ``key_file`` is read at each audit, so that the auditor may start before the target has written it; without it the
-    form level is inconclusive.
+    form level is inconclusive. ``arithmetics``: as in ``TrustPolicy``.
     """
 
-    def __init__(self, key_file: Path, model: Path, threads: int) -> None:
+    def __init__(self, key_file: Path, model: Path, threads: int, arithmetics: Sequence[str] = ()) -> None:
         self._key_file = key_file
         self._model = model
         self._threads = threads
+        self._arithmetics = tuple(arithmetics)
         self._references: dict[Dtype, Reference] = {}
         self.active = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit", initializer=_stand_back)
@@ -74,7 +76,7 @@ class Examiner:
             challenge = Challenge(case.positions, case.answer)
         return audit(
             case.receipt,
-            trusted_keys=self.trusted_keys(),
+            policy=TrustPolicy(tuple(self.trusted_keys()), arithmetics=self._arithmetics),
             reference=self._reference,
             levels=levels,
             challenge=challenge,

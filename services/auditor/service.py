@@ -297,7 +297,9 @@ async def create(context: Context) -> AuditorService:
     others = Others.of(config.auditor)
     books = await asyncio.to_thread(Books.open, config)
     site = LogSite(books.log, books.ledger, books.keys)
-    examiner = Examiner(config.data_dir / "keys" / "receipts.pub", config.auditor.model, config.auditor.threads)
+    agreed = [name.strip() for name in config.auditor.arithmetics.split(",") if name.strip()]
+    key_file = config.data_dir / "keys" / "receipts.pub"
+    examiner = Examiner(key_file, config.auditor.model, config.auditor.threads, agreed)
     service = AuditorService(books, examiner, site, config.auditor, context.log, others, context.instance)
     try:
         await site.open(config.auditor.http_listen)

@@ -206,6 +206,7 @@ class AuditorConfig:
     listen: Listen = _LOCAL
     model: Folder = _DEMO_TARGET  # the reference weights
     threads: Count = 1
+    arithmetics: Text = ""  # "native fp32, ...": how targets compute, as agreed; empty: as their receipts say
     share: Fraction = 0.1  # of the receipts, drawn in public once they are in the log, are audited
     checkpoint_s: Seconds = 1.0  # between two checkpoints of a log that grows
     ledger: Text = ""  # empty: SQLite below data_dir/auditor; postgresql+psycopg://user:password@host/database

@@ -179,6 +179,13 @@ def test_levels_below_the_tokens_do_not_import_torch(case: Case) -> None:
     subprocess.run([sys.executable, "-c", code, str(case.honest), *words], check=True, timeout=60)
 
 
+def test_how_the_provider_agreed_to_compute_can_be_named(case: Case) -> None:
+    assert check(case, case.honest, "--arithmetic", "native fp32", "--arithmetic", "test fp32").exit_code == 0
+    result = check(case, case.honest, "--arithmetic", "native fp32", "--level", "form")
+    assert result.exit_code == 1
+    assert "computed otherwise than was agreed" in result.output
+
+
 def test_show_prints_every_claim_and_says_that_none_was_checked(case: Case) -> None:
     text = run("show", case.honest)
     assert text.exit_code == 0

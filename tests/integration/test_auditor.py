@@ -32,7 +32,9 @@ END_S = 90.0
 def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A stack whose receipts are all audited."""
     folder = tmp_path_factory.mktemp("audited")
-    running = start_stack(folder / "data", "auditor.share=1", "auditor.checkpoint_s=0.2")
+    running = start_stack(
+        folder / "data", "auditor.share=1", "auditor.checkpoint_s=0.2", "auditor.arithmetics=native fp32"
+    )
     yield running
     assert stop_stack(running) == 0
 

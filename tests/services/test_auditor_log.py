@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from requests_done import Done, Entry, done
 
+from countersign.services.auditor.case import Disclosed
 from countersign.services.auditor.docket import Docket, wait_ms
 from countersign.services.auditor.examiner import NICENESS, Examiner
 from countersign.services.auditor.intake import Intake
@@ -122,6 +123,17 @@ async def test_an_honest_answer_passes_and_a_changed_token_fails(auditor: Audito
     assert levels[2][1] != "fail"
     assert await auditor.audit(answers[2]) == ("fail", [*passed[:2], ("tokens", "fail")])
     assert await auditor.audit(answers[3]) == ("inconclusive", [*passed[:2], ("tokens", "inconclusive")])
+
+
+async def test_a_receipt_of_another_arithmetic_than_was_agreed_fails(
+    auditor: Auditor, answers: list[Done], model: Path, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys" / "receipts.pub"
+    for agreed, wanted in (("native fp32", "fail"), ("test fp32", "pass")):
+        examiner = Examiner(keys, model, 1, [agreed])
+        report = await examiner.audit(Disclosed(answers[0].receipt), ["form"])
+        examiner.close()
+        assert report.verdict == wanted
 
 
 async def test_a_request_that_is_still_open_is_looked_at_again_later(auditor: Auditor, answers: list[Done]) -> None:

@@ -220,3 +220,10 @@ def test_an_audit_tells_where_the_receipt_is_logged() -> None:
         attach_proofs(RECEIPT, [proof(index=3)]), trusted_keys=[], policy=policy, reference=None, levels=["form"]
     ).levels
     assert form.outcome == "fail"
+
+
+def test_a_receipt_that_names_an_arithmetic_with_more_room_than_was_agreed_is_refused() -> None:
+    assert rules(arithmetics=("native fp32", "test fp32")).form(RECEIPT) == rules().form(RECEIPT)
+    with pytest.raises(Inconsistent, match="computed otherwise than was agreed") as refusal:
+        rules(arithmetics=("native fp32", "native bf16")).form(RECEIPT)
+    assert refusal.value.evidence == {"named": "test fp32", "agreed": "native fp32, native bf16"}

@@ -89,6 +89,10 @@ def audit(
         typer.Option(help="Witness to trust (name+hash+base64). Repeatable.", metavar="KEY"),
     ] = None,
     quorum: Annotated[int, typer.Option(min=0, help="Witnesses that must have cosigned the log's checkpoint.")] = 0,
+    arithmetic: Annotated[
+        list[str] | None,
+        typer.Option(help='How the provider has agreed to compute, such as "native fp32". Repeatable.', metavar="NAME"),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with the levels and every token's score.", metavar="FILE")
@@ -104,7 +108,7 @@ def audit(
         challenge = _challenge(data, positions, router, data_dir) if asked else None
         drawn = _drawn(data, router, data_dir) if open_hidden else None
         config = _config(data_dir)
-        policy = _policy(_trusted_keys(key, config), log_key or (), witness_key or (), quorum)
+        policy = _policy(_trusted_keys(key, config), log_key or (), witness_key or (), quorum, arithmetic or ())
         references = _References(model or config.auditor.model)
         report = _report(data, challenge, drawn, billed, policy, references, level)
         if html is not None:
@@ -250,7 +254,11 @@ class _References:
 
 
 def _policy(
-    keys: Sequence[Ed25519PublicKey], log_keys: Sequence[str], witness_keys: Sequence[str], quorum: int
+    keys: Sequence[Ed25519PublicKey],
+    log_keys: Sequence[str],
+    witness_keys: Sequence[str],
+    quorum: int,
+    arithmetics: Sequence[str],
 ) -> TrustPolicy:
     from countersign.verify.errors import VerificationError
     from countersign.verify.log.checkpoint import KeyKind, NoteKey
@@ -275,6 +283,7 @@ def _policy(
         quorum=quorum,
         logged=bool(log_keys),
         now_unix_ms=time.time_ns() // 1_000_000,
+        arithmetics=tuple(arithmetics),
     )
 
 
