@@ -75,7 +75,7 @@ class Journal:
         return Journal(path, descriptor, base, fields[-_DIGEST:], _HEAD)
 
     def replay(self) -> Iterator[Sequence[bytes]]:
-        """The batches, oldest first. What a crash left half written behind them is cut off.
+        """The batches, oldest first, up to what a crash left half written (``cut``).
 
         Raises:
             OSError: it cannot be read.
@@ -84,7 +84,10 @@ class Journal:
         length = os.fstat(self.descriptor).st_size
         while entries := self._next(length):
             yield entries
-        if self.size < length:
+
+    def cut(self) -> None:
+        """Cuts off what lies behind the batches that were replayed. Raises OSError."""
+        if self.size < os.fstat(self.descriptor).st_size:
             os.ftruncate(self.descriptor, self.size)
             os.fsync(self.descriptor)
 

@@ -188,6 +188,11 @@ class TileLog:
             raise LogFolderError(f"{self.folder}: the tiles are not those written; restore the folder from a copy")
         for entries in self._journal.replay():
             self._grow(entries)
+        self._no_less_than_published()
+        self._journal.cut()
+
+    def _no_less_than_published(self) -> None:
+        """Before anything is cut off the journal: where this fails, what lies there is needed to repair it."""
         note = self.published()
         if note is None:
             return
@@ -232,7 +237,9 @@ class TileLog:
                 sync_folder(folder)
         self._unsynced = []
         base = self._size - len(self._entries)
-        fresh = Journal.create(self._journal.path, base, self._tree.root(base), self._entries)
+        with self._state:  # readers compute in the same tree, and remember what they computed
+            base_root = self._tree.root(base)
+        fresh = Journal.create(self._journal.path, base, base_root, self._entries)
         self._journal.close()
         self._journal = fresh
 
@@ -271,7 +278,9 @@ class TileLog:
         with _usable(self.folder):
             try:
                 yield
-            except (OSError, LogFolderError):
+            except ValueError:
+                raise  # too large: refused before anything was written
+            except BaseException:
                 self._failed = True
                 raise
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event
 
@@ -208,6 +208,48 @@ def test_threads_append_and_read_at_once_and_every_proof_holds(tmp_path: Path, m
         assert sorted(index for batches in written for indices in batches for index in indices) == [*range(log.size)]
 
 
+def test_the_tree_is_read_by_one_thread_at_a_time_also_while_a_journal_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that compute the inner nodes of one tile at once leave wrong ones behind, for every later proof and root."""
+    with filled(tmp_path, 1000) as log, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(store, "JOURNAL_ENTRIES", 256)
+        real, beside = log._tree.root, list[bool]()
+
+        def root(size: int) -> bytes:
+            reader = pool.submit(log.inclusion, 0)
+            beside.append(bool(wait([reader], timeout=0.2).done))
+            return real(size)
+
+        monkeypatch.setattr(log._tree, "root", root)
+        log.append(entries(1000, 1001))
+        assert beside == [False]
+
+
+def test_after_an_append_that_broke_off_half_way_nothing_more_is_appended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal has the batch, memory a part of it: the next entries would get places that are taken."""
+    real, left = merkle.leaf_hash, 3
+
+    def leaf_hash(entry: bytes) -> bytes:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise MemoryError
+        return real(entry)
+
+    with filled(tmp_path, 10) as log:
+        with monkeypatch.context() as patched:
+            patched.setattr(merkle, "leaf_hash", leaf_hash)
+            with pytest.raises(MemoryError):
+                log.append(entries(10, 15))
+        with pytest.raises(LogFolderError, match="failed earlier"):
+            log.append(entries(15, 16))
+    with TileLog.open(tmp_path) as log:
+        assert [log.entry(index) for index in range(log.size)] == entries(0, 15)
+
+
 def test_what_is_too_large_is_refused_and_nothing_of_it_stored(tmp_path: Path) -> None:
     with TileLog.open(tmp_path) as log:
         with pytest.raises(ValueError, match="65535"):
@@ -249,6 +291,23 @@ def test_damage_to_an_acknowledged_batch_is_an_error_and_not_a_shorter_log(tmp_p
         file.write_bytes(kept[:position] + bytes([kept[position] ^ 1]) + kept[position + 1 :])
         with pytest.raises(LogFolderError, match="damaged"):
             TileLog.open(tmp_path)
+
+
+def test_a_damaged_head_costs_no_batch_behind_it_where_a_checkpoint_tells(tmp_path: Path) -> None:
+    """It looks like a torn tail. What cannot be opened is left as it is, to be repaired."""
+    with TileLog.open(tmp_path) as log:
+        begin = log._journal.size
+        log.append(entries(0, 5))
+        log.append(entries(5, 10))
+        log.publish(note_of(log))
+    file = tmp_path / "journal"
+    kept = file.read_bytes()
+    for position in range(begin, begin + 12):
+        damaged = kept[:position] + bytes([kept[position] ^ 1]) + kept[position + 1 :]
+        file.write_bytes(damaged)
+        with pytest.raises(LogFolderError, match="never go on"):
+            TileLog.open(tmp_path)
+        assert file.read_bytes() == damaged
 
 
 def test_a_log_that_lost_what_a_checkpoint_covers_does_not_open(tmp_path: Path) -> None:
