@@ -1,6 +1,7 @@
 """Evidence that a log showed two histories: two of its signed checkpoints that cannot both be of one growing log.
 
-Nobody has to believe whoever found it. Either both checkpoints have the same size and differ, or ``steps`` prove it:
+Nobody has to believe whoever found it. Either both checkpoints have the same size and another root, or another text of
+which one is drawn from (``sampling.SHARE_LINE``; other logs may well write the time into theirs). Or ``steps`` prove it:
 the hashes of a consistency proof (RFC 9162 section 2.1.4). They give the later root, so they are of the later tree, and
 from the same hashes another root follows for the earlier size than the log signed.
 
@@ -17,6 +18,7 @@ from countersign.verify import merkle
 from countersign.verify.errors import Malformed, NotCheckable
 from countersign.verify.log import checkpoint as notes
 from countersign.verify.log.checkpoint import Checkpoint, NoteKey
+from countersign.verify.sampling import SHARE_LINE
 
 CONTENT_TYPE = "application/vnd.countersign.equivocation+cbor"
 VERSION = 1
@@ -80,7 +82,8 @@ def conflict_of(earlier: Checkpoint, later: Checkpoint, steps: Sequence[bytes]) 
     if earlier.size == later.size:
         if earlier.root != later.root:
             return f"two roots are signed for {later.size} entries"
-        if earlier != later:
+        lines = (*earlier.extensions, *later.extensions)
+        if earlier != later and any(line.startswith(SHARE_LINE) for line in lines):
             return f"two checkpoints over {later.size} entries are signed, so that a draw could be chosen"
         return None
     if earlier.size == 0:

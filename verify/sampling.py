@@ -29,6 +29,9 @@ DIGEST_SIZE = 32
 Purpose = Literal["receipts", "activations", "leaves", "blocks"]
 """Draws for different purposes are independent: whether a receipt is audited tells nothing of where."""
 
+SHARE_LINE = "countersign-share "
+"""Begins the line of a checkpoint that states which share of the receipts it covers first is audited."""
+
 _BEACON_DOMAIN = b"countersign/beacon/v1"
 _DRAW_DOMAIN = b"countersign/draw/v1"
 _WORDS = 1 << 64

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from countersign.verify import cose_receipt, merkle
 from countersign.verify.arithmetic import arithmetic_of
 from countersign.verify.cose import key_id
+from countersign.verify.equivocation import conflict_of
 from countersign.verify.errors import Inconsistent, NotCheckable, Untrusted
 from countersign.verify.log import checkpoint as notes
 from countersign.verify.log.checkpoint import Checkpoint, KeyKind, NoteKey, Signed
@@ -27,8 +28,8 @@ class TrustPolicy:
         receipt_keys: Keys of targets.
         logs: Keys of transparency logs, each by the origin of its log.
         witnesses: Keys of witnesses, of which ``quorum`` different ones must have cosigned a checkpoint.
-        quorum: How many; 0 asks for none.
-        logged: Whether a receipt must be in a trusted log, and under a checkpoint with that quorum if there is one.
+        quorum: How many; 0 asks for none. More also demand that a receipt is logged: under a checkpoint that they saw.
+        logged: Whether a receipt must be in a trusted log.
         now_unix_ms: The time; None leaves clocks out.
         max_age_ms: How long ago an answer may have been finished; None sets no bound.
         arithmetics: How the targets compute, such as "native fp32" (see ``arithmetic``); none given: as they say.
@@ -78,7 +79,7 @@ class TrustRules:
         9. Each proof that a trusted log has signed leads from this receipt to the root that it signed. Proofs of other
            logs count for nothing.
         10. A carried checkpoint is one that ``checkpoint`` believes, over the tree of one of these proofs.
-        11. Where logging is demanded: there is a proof, and with a quorum such a checkpoint.
+        11. Where logging or a quorum is demanded: there is a proof, and with a quorum such a checkpoint.
         12. Where arithmetics are given: the receipt names one of them, not one with more room for errors.
 
     ``checkpoint`` (size and root of a log):
@@ -86,14 +87,17 @@ class TrustRules:
         2. Cosigned by at least the quorum of trusted witnesses, each counted once.
 
     ``successor`` (two checkpoints of one log):
-        1. The later one is not smaller; of the same size it is the same.
+        1. The later one is not smaller.
         2. The consistency proof leads from the earlier root to the later.
+        3. Of the same size they do not differ in a way by which a draw could be chosen.
     """
 
     def __init__(self, policy: TrustPolicy) -> None:
         self._policy = policy
         self._receipts = ReceiptVerifier(policy.receipt_keys)
-        self._log_keys = {key_id(log.key): log for log in policy.logs if log.kind == KeyKind.LOG}
+        self._logs = tuple(log for log in policy.logs if log.kind == KeyKind.LOG)
+        self._witnesses = tuple(witness for witness in policy.witnesses if witness.kind == KeyKind.WITNESS)
+        self._log_keys = {key_id(log.key): log for log in self._logs}
 
     def form(self, data: bytes) -> Trusted:
         """Checks a receipt.
@@ -106,7 +110,7 @@ class TrustRules:
         self._in_time(signed)  # 8
         included, foreign = self._included(signed)  # 9
         checkpoint, unknown = self._carried(signed, included)  # 10
-        if self._policy.logged:  # 11
+        if self._policy.logged or self._policy.quorum:  # 11
             self._logged(included, checkpoint)
         self._computed(signed)  # 12
         return Trusted(signed, included, checkpoint, (*foreign, *unknown))
@@ -118,7 +122,7 @@ class TrustRules:
             NotCheckable: fewer witnesses than asked for have cosigned it.
             VerificationError: it cannot be read, no trusted log signed it, or a known key's line is wrong.
         """
-        signed = notes.verify(note, (*self._policy.logs, *self._policy.witnesses))
+        signed = notes.verify(note, (*self._logs, *self._witnesses))
         origin = signed.checkpoint.origin
         if not any(signer.key.kind == KeyKind.LOG and signer.key.name == origin for signer in signed.signers):
             raise Untrusted("the checkpoint is not signed by the log that it is of", origin=origin)
@@ -145,6 +149,8 @@ class TrustRules:
             raise Inconsistent("the log has shrunk", **sizes)
         if not merkle.verify_consistency(earlier.size, later.size, earlier.root, later.root, path):
             raise Inconsistent("the log is not shown to have only grown", **sizes)
+        if later.size == earlier.size and (conflict := conflict_of(earlier, later, ())):
+            raise Inconsistent(conflict)
 
     def _in_time(self, signed: SignedReceipt) -> None:
         now, finished = self._policy.now_unix_ms, signed.receipt.usage.finished_unix_ms

@@ -27,8 +27,7 @@ from countersign.verify.log import checkpoint as notes
 
 CONTENT_TYPE = "application/vnd.countersign.verdict+cbor"
 VERSION = 1
-SHARE_LINE = "countersign-share "
-"""Begins the line of a checkpoint that states which share of the receipts it covers first is audited."""
+SHARE_LINE = sampling.SHARE_LINE
 
 MAX_LEVELS = 16
 MAX_FIGURES = 128
@@ -67,6 +66,9 @@ class Verdict:
 
     def was_drawn(self, log: notes.NoteKey) -> None:
         """Checks that the public rule drew this receipt from the log's checkpoint.
+
+        That the receipt is entry ``index``, and that no earlier checkpoint covers it, the log's proof and its other
+        checkpoints tell.
 
         Raises:
             Inconsistent: it did not.

@@ -247,6 +247,15 @@ def test_a_quorum_of_witnesses_can_be_asked_for(case: Case, tmp_path: Path) -> N
     assert "fewer witnesses" in result.output
 
 
+def test_a_quorum_without_a_log_is_not_checkable(case: Case, tmp_path: Path) -> None:
+    """Nobody has seen the checkpoint of a log that is not trusted: that must not look as if it had been asked for."""
+    witness = NoteKey("witness.test", WITNESS.public_key(), KeyKind.WITNESS).encode()
+    for file in (case.honest, logged(case, tmp_path)):
+        result = check(case, file, "--level", "form", "--witness-key", witness, "--quorum", 1)
+        assert result.exit_code == 2, result.output
+        assert "--log-key" in result.output
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -67,6 +67,16 @@ def test_two_roots_or_two_texts_of_one_size_are_evidence_by_themselves() -> None
         Equivocation(note(tree), note(tree)).verify([KEY])
 
 
+def test_a_log_that_draws_nothing_may_write_what_it_likes_below_its_root() -> None:
+    """Some logs write the time there, and sign one size again and again."""
+    tree = leaves(1, 2, 3)
+    again = Equivocation(note(tree, extensions=("Timestamp: 1",)), note(tree, extensions=("Timestamp: 2",)))
+    with pytest.raises(NotCheckable, match="fit"):
+        again.verify([KEY])
+    shares = [note(tree, extensions=(f"countersign-share {share}",)) for share in ("0.1", "0.2")]
+    assert "draw" in Equivocation(shares[0], shares[1]).verify([KEY])
+
+
 def test_evidence_needs_the_logs_own_signatures() -> None:
     tree, forged = leaves(1, 2, 3), Checkpoint(ORIGIN, 3, b"f" * 32)
     stranger = sign(forged, signing_key(2))

@@ -123,6 +123,20 @@ def test_witnesses_are_counted_each_once_and_only_known_ones() -> None:
         unknown.form(attach_proofs(RECEIPT, [proof()], checkpoint(witnesses=2)))
 
 
+def test_witnesses_that_are_asked_for_are_not_left_out_where_no_log_is_named() -> None:
+    asked = rules(logs=(), witnesses=WITNESS_KEYS, quorum=1)
+    for carried in (RECEIPT, attach_proofs(RECEIPT, [proof()], checkpoint(witnesses=1))):
+        with pytest.raises(NotCheckable, match="no proof"):
+            asked.form(carried)
+
+
+def test_the_key_of_a_log_is_no_witness_and_that_of_a_witness_no_log() -> None:
+    with pytest.raises(Untrusted):
+        rules(logs=(), witnesses=(LOG_KEY,)).checkpoint(checkpoint())
+    with pytest.raises(NotCheckable, match="cosigned: 0"):
+        rules(logs=(LOG_KEY, WITNESS_KEYS[0]), quorum=1).checkpoint(checkpoint(witnesses=1))
+
+
 def test_one_witness_under_two_names_is_one_witness() -> None:
     alias = NoteKey("alias.example", WITNESSES[0].public_key(), KeyKind.WITNESS)
     note = cosign(checkpoint(witnesses=1), WITNESSES[0], alias.name, time=1)
@@ -160,6 +174,15 @@ def test_a_log_that_grew_is_believed_and_one_that_shrank_or_forked_is_not() -> N
         rules().successor(at(20), dataclasses.replace(at(20), root=bytes(32)), [])
     with pytest.raises(Inconsistent, match="two logs"):
         rules().successor(dataclasses.replace(at(13), origin="elsewhere"), at(20), path)
+
+
+def test_one_size_signed_with_two_shares_is_no_log_that_only_grew() -> None:
+    """Whoever may choose between two signatures may choose what is audited."""
+    root = merkle.root(LEAVES)
+    shares = [Checkpoint(ORIGIN, 20, root, (f"countersign-share {share}",)) for share in ("0.5", "0.0")]
+    rules().successor(shares[0], shares[0], [])
+    with pytest.raises(Inconsistent, match="a draw could be chosen"):
+        rules().successor(shares[0], shares[1], [])
 
 
 def test_clocks_are_bounds_given_as_values() -> None:
