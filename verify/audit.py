@@ -176,9 +176,9 @@ class _Audit:
     def count(self) -> LevelReport:
         if self.signed is None:
             raise NotCheckable("the receipt was not read")
-        opened = ReceiptVerifier(()).count(self.signed)
         if self._bill is not None:
-            check_bill(self.signed.receipt, self._bill)
+            check_bill(self.signed.receipt, self._bill)  # the counts are signed, whether the tokens are opened or not
+        opened = ReceiptVerifier(()).count(self.signed)
         if isinstance(opened, PartialOpenings):
             return _partly_counted(self.signed, self._drawn)
         self._openings = opened

@@ -5,8 +5,8 @@ without building anything, and only integers, strings, arrays, maps, floats, tru
 and shallow. Encoding the result again must then give the same bytes: that refuses longer forms of a number, unsorted or
 repeated keys, everything that two readers could read in two ways.
 
-Map keys here are text, or integers that are not negative: for those the two orders in use (length first, bytewise)
-agree.
+Two orders of map keys are in use, length first and bytewise. They agree for text, and for integers unless a short
+negative one stands beside a longer one that is not negative: no map here has such keys.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Evidence that a log showed two histories: two of its signed checkpoints that cannot both be of one growing log.
 
 Nobody has to believe whoever found it. Either both checkpoints have the same size and another root, or another text of
-which one is drawn from (``sampling.SHARE_LINE``; other logs may well write the time into theirs). Or ``steps`` prove it:
-the hashes of a consistency proof (RFC 9162 section 2.1.4). They give the later root, so they are of the later tree, and
-from the same hashes another root follows for the earlier size than the log signed.
+which one is drawn from (``sampling.SHARE_LINE``; other logs may well write the time into theirs). Or ``steps`` prove
+it: the hashes of a consistency proof (RFC 9162 section 2.1.4). They give the later root, so they are of the later tree,
+and from the same hashes another root follows for the earlier size than the log signed.
 
 Hashes that do not give the later root are no evidence: anybody could make some up.
 """

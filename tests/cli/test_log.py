@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
 from countersign.cli import log
@@ -17,8 +18,15 @@ from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Ledger, Logged
 from countersign.services.auditor.notary import Notary
 from countersign.services.auditor.web import LogSite
-from countersign.services.runtime.errors import CountersignError, InvalidArgument, Unavailable
+from countersign.services.runtime.errors import CountersignError, DataLoss, InvalidArgument, Unavailable
+from countersign.v1.auditor_pb2 import GetInclusionResponse, GetLogResponse
+from countersign.verify import merkle
+from countersign.verify.cose_receipt import prove_inclusion
+from countersign.verify.log.checkpoint import Checkpoint, NoteKey
+from countersign.verify.log.checkpoint import sign as sign_checkpoint
 from countersign.verify.log.store import TileLog
+from countersign.verify.receipt import attach_proofs, sign, strip
+from countersign.verify.testing import example_receipt, signing_key
 
 app = typer.Typer()
 app.command()(log.check)
@@ -111,6 +119,58 @@ async def test_tiles_that_do_not_give_the_root_are_found_out(served: Served) -> 
     code, out = await check(f"http://127.0.0.1:{runner.addresses[0][1]}", "--key", served.key)
     assert (code, "do not give the root" in out) == (1, True)
     await runner.cleanup()
+
+
+async def test_a_server_that_is_busy_is_not_a_log_that_lies(served: Served) -> None:
+    served.grow(5)
+    app, note = web.Application(), served.log.published()
+
+    async def checkpoint(_: web.Request) -> web.Response:
+        return web.Response(body=note)
+
+    async def tile(_: web.Request) -> web.Response:
+        return web.Response(status=503)
+
+    app.router.add_get("/checkpoint", checkpoint)
+    app.router.add_get("/{path:tile/.*}", tile)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    with pytest.raises(Unavailable, match="status 503"):
+        await check(f"http://127.0.0.1:{runner.addresses[0][1]}", "--key", served.key)
+    await runner.cleanup()
+
+
+def test_only_a_proof_that_holds_is_put_into_a_receipts_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this receipt, by this log, under this checkpoint; whatever else an auditor sends leaves the file as it was."""
+    receipt, key = sign(*example_receipt(), signing_key()), signing_key(2)
+    leaves = [merkle.leaf_hash(b"another"), merkle.leaf_hash(strip(receipt)), merkle.leaf_hash(b"a third")]
+    log_key = NoteKey("log.test", key.public_key())
+
+    def proof(index: int, size: int, signer: Ed25519PrivateKey = key) -> bytes:
+        tree = leaves[:size]
+        return prove_inclusion(merkle.root(tree), size, index, merkle.inclusion_path(tree, index), signer)
+
+    def checkpoint(size: int) -> bytes:
+        return sign_checkpoint(Checkpoint("log.test", size, merkle.root(leaves[:size])), key)
+
+    def put(cose_receipt: bytes, note: bytes) -> tuple[BaseException | None, bytes]:
+        async def answered(*_: object) -> tuple[GetLogResponse, GetInclusionResponse]:
+            found = GetInclusionResponse(index=1, checkpoint=note, cose_receipt=cose_receipt)
+            return GetLogResponse(origin="log.test", log_key=log_key.encode()), found
+
+        file = tmp_path / "a.receipt"
+        file.write_bytes(receipt)
+        monkeypatch.setattr(log, "_proof", answered)
+        program = typer.Typer()
+        program.command()(log.prove)
+        return CliRunner().invoke(program, [str(file)]).exception, file.read_bytes()
+
+    assert put(proof(1, 3), checkpoint(3)) == (None, attach_proofs(receipt, [proof(1, 3)], checkpoint(3)))
+    for wrong in (proof(0, 3), proof(1, 2), proof(1, 3, signing_key(3)), b"nothing"):
+        error, left = put(wrong, checkpoint(3))
+        assert isinstance(error, DataLoss), wrong
+        assert left == receipt
 
 
 async def test_another_logs_key_is_not_believed(served: Served, tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def _signature(line: str) -> NoteSignature:
 
 
 def _is_name(name: str) -> bool:
-    return bool(re.fullmatch(r"[^\s+\x00-\x1f]+", name)) and len(name.encode()) <= MAX_NAME_BYTES
+    return bool(re.fullmatch(r"[^\s+\x00-\x1f\ud800-\udfff]+", name)) and len(name.encode()) <= MAX_NAME_BYTES
 
 
 def _base64(text: str) -> bytes:

@@ -26,11 +26,12 @@ from countersign.services.runtime.errors import (
 from countersign.services.runtime.fetching import ask
 from countersign.services.runtime.stack import read_stack
 from countersign.v1.auditor_pb2 import GetInclusionRequest, GetInclusionResponse, GetLogRequest, GetLogResponse
+from countersign.verify.cose_receipt import Included, verify_inclusion
 from countersign.verify.errors import Inconsistent, VerificationError
 from countersign.verify.log.checkpoint import MAX_NOTE_BYTES, Checkpoint, KeyKind, NoteKey, verify
 from countersign.verify.log.proofs import TileTree
 from countersign.verify.log.tiles import Tile
-from countersign.verify.receipt import MAX_RECEIPT_BYTES, attach_proofs, receipt_digest
+from countersign.verify.receipt import MAX_RECEIPT_BYTES, attach_proofs, parse, receipt_digest
 from countersign.verify.trust import TrustPolicy, TrustRules
 
 if TYPE_CHECKING:
@@ -78,15 +79,14 @@ def prove(
     log, found = asyncio.run(_proof(data_dir, digest, wait))
     with translated(VerificationError, DataLoss, about="the auditor's proof does not hold", reason="WRONG_PROOF"):
         proven = attach_proofs(data, [found.cose_receipt], found.checkpoint)
-        policy = TrustPolicy(logs=(NoteKey.parse(log.log_key),))
-        checkpoint = TrustRules(policy).checkpoint(found.checkpoint).checkpoint
+        included = _included(parse(proven).leaf, found, NoteKey.parse(log.log_key))
     with translated(OSError, FailedPrecondition, about=f"{receipt} cannot be written"):
         write_atomically(receipt, proven)
     if json_:
-        facts = {"receipt": str(receipt), "origin": log.origin, "index": found.index, "size": checkpoint.size}
+        facts = {"receipt": str(receipt), "origin": log.origin, "index": included.index, "size": included.size}
         print(json.dumps({**facts, "log_key": log.log_key}))
     else:
-        print(f"{receipt}: entry {found.index} of {checkpoint.size} in {log.origin}")
+        print(f"{receipt}: entry {included.index} of {included.size} in {log.origin}")
         print(f"check it anywhere with: countersign audit {receipt} --log-key {log.log_key}")
 
 
@@ -147,6 +147,15 @@ async def _proof(data_dir: Path, digest: bytes, wait: float) -> tuple[GetLogResp
         await bus.close()
 
 
+def _included(leaf: bytes, found: GetInclusionResponse, log: NoteKey) -> Included:
+    """Where the log has the entry of that leaf hash. Raises VerificationError where proof or checkpoint do not hold."""
+    head = TrustRules(TrustPolicy(logs=(log,))).checkpoint(found.checkpoint).checkpoint
+    included = verify_inclusion(found.cose_receipt, leaf, [log.key])
+    if (included.size, included.root) != (head.size, head.root):
+        raise Inconsistent("the proof does not lead to the checkpoint", proof=included.size, checkpoint=head.size)
+    return included
+
+
 def _checkpoint(url: str, log: NoteKey) -> tuple[bytes, Checkpoint]:
     reply = ask(f"{url}/checkpoint", most=MAX_NOTE_BYTES)
     if reply.status != 200:
@@ -161,6 +170,8 @@ def _grew(url: str, log: NoteKey, checkpoint: Checkpoint, state: Path | None) ->
 
     def fetch(tile: Tile) -> bytes | None:
         reply = ask(f"{url}/{tile.path}")
+        if reply.status == 429 or reply.status >= 500:  # that a server is busy says nothing about its log
+            raise Unavailable(f"{url}/{tile.path} is answered with status {reply.status}", reason="NO_TILE")
         return reply.body if reply.status == 200 else None
 
     last = Checkpoint(log.name, 0, TileTree(fetch).root(0))

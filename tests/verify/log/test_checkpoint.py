@@ -189,7 +189,17 @@ def test_an_origin_that_could_not_be_read_back_is_never_signed(origin: str) -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["", "name", "name+00000000+", GO_KEY[:-4], GO_KEY.replace("c74f", "c74e"), "+" + GO_KEY, GO_KEY * 50]
+    "text",
+    [
+        "",
+        "name",
+        "name+00000000+",
+        GO_KEY[:-4],
+        GO_KEY.replace("c74f", "c74e"),
+        "+" + GO_KEY,
+        GO_KEY * 50,
+        "\udcff" + GO_KEY,
+    ],
 )
 def test_a_damaged_key_is_refused(text: str) -> None:
     with pytest.raises(Malformed):
