@@ -48,7 +48,7 @@ from countersign.verify.payload import (
     Segment,
     Usage,
 )
-from countersign.verify.segments import segments_of, visible_runs
+from countersign.verify.segments import Segmenter, segments_of, visible_runs
 
 __all__ = [
     "MAX_RECEIPT_BYTES",
@@ -118,7 +118,8 @@ class ReceiptVerifier:
         9. Prompt and stop strings give the signed salted digests, the prompt has the signed number of tokens.
         10. The output has the signed number of tokens and gives the signed Merkle root. Of partial openings the visible
             tokens and the hashes in place of the hidden ones do, in a tree of the signed size.
-        11. The segments are those that the markers give; of partial openings: no visible token begins a hidden segment.
+        11. The segments are those that the markers give; of partial openings: no visible token begins a hidden segment,
+            nor is the first one visible where the prompt ends inside one.
 
     Rules 1 to 5 come before the signature because they need no key, so that nonsense is told apart from an unknown
     signer. They read only what ``cbor`` has found to be small, shallow and plain.
@@ -213,6 +214,9 @@ class ReceiptVerifier:
             raise OpeningMismatch("the opened visible tokens are not the signed ones", signed=output.root, opened=root)
         if markers is not None and markers.begin in openings.leaves.token_ids:
             raise OpeningMismatch("a token that begins a hidden segment is signed as visible", token_id=markers.begin)
+        begins = openings.leaves.token_ids[:1] if output.segments and output.segments[0].kind == "visible" else ()
+        if any(map(Segmenter(markers, openings.prompt_token_ids).feed, begins)):
+            raise OpeningMismatch("the prompt ends inside a hidden segment, and the output begins as visible")
 
 
 def sign(receipt: Receipt, openings: Openings | None, private_key: Ed25519PrivateKey) -> bytes:

@@ -76,11 +76,13 @@ class TrustRules:
     ``form`` (the receipt):
         1 to 7. Those of ``ReceiptVerifier.form``.
         8. Where a time is given: finished neither after it, give or take ``SKEW_MS``, nor longer ago than allowed.
-        9. Each proof that a trusted log has signed leads from this receipt to the root that it signed. Proofs of other
-           logs count for nothing.
-        10. A carried checkpoint is one that ``checkpoint`` believes, over the tree of one of these proofs.
-        11. Where logging or a quorum is demanded: there is a proof, and with a quorum such a checkpoint.
-        12. Where arithmetics are given: the receipt names one of them, not one with more room for errors.
+        9. Where arithmetics are given: the receipt names one of them, not one with more room for errors.
+        10. Each proof that a trusted log has signed leads from this receipt to the root that it signed. Proofs of other
+            logs count for nothing.
+        11. A carried checkpoint is one that ``checkpoint`` believes, over the tree of one of these proofs.
+        12. Where logging or a quorum is demanded: there is a proof, and with a quorum such a checkpoint.
+
+        What may be missing without anything being wrong comes last, so that it hides nothing that is.
 
     ``checkpoint`` (size and root of a log):
         1. Signed by a trusted log under its own origin, and no line of a known key is wrong.
@@ -108,11 +110,11 @@ class TrustRules:
         """
         signed = self._receipts.form(data)  # 1 to 7
         self._in_time(signed)  # 8
-        included, foreign = self._included(signed)  # 9
-        checkpoint, unknown = self._carried(signed, included)  # 10
-        if self._policy.logged or self._policy.quorum:  # 11
+        self._computed(signed)  # 9
+        included, foreign = self._included(signed)  # 10
+        checkpoint, unknown = self._carried(signed, included)  # 11
+        if self._policy.logged or self._policy.quorum:  # 12
             self._logged(included, checkpoint)
-        self._computed(signed)  # 12
         return Trusted(signed, included, checkpoint, (*foreign, *unknown))
 
     def checkpoint(self, note: bytes) -> Signed:

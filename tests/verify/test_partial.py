@@ -122,6 +122,19 @@ def test_a_segment_that_begins_with_a_marker_cannot_be_sold_as_visible() -> None
         VERIFIER.count(VERIFIER.form(forge(claimed, everything)))
 
 
+def test_an_answer_to_a_prompt_that_ends_inside_a_thought_cannot_begin_as_visible() -> None:
+    """Full openings show that by the markers; a client has the prompt as well."""
+    receipt, opened = example_receipt(prompt=(5, 1), output=(9, 8, 2, 7), hidden=MARKERS)
+    thought, _ = receipt.output.segments
+    visible, hidden = replace(thought, kind="visible", tokens=2), replace(thought, tokens=2)
+    honest = partial.withhold(opened, "example-1", [(3, 4)])
+    VERIFIER.count(VERIFIER.form(forge(receipt, honest)))
+    turned = replace(receipt.output, segments=(visible, hidden), hidden=2, visible=2)
+    sold = partial.withhold(opened, "example-1", [(0, 2)])
+    with pytest.raises(OpeningMismatch, match="begins as visible"):
+        VERIFIER.count(VERIFIER.form(forge(replace(receipt, output=turned), sold)))
+
+
 def test_hidden_tokens_without_markers_contradict_the_receipt() -> None:
     receipt, opened = example()
     plain = replace(receipt, request=dataclasses.replace(receipt.request, hidden=None))

@@ -249,4 +249,6 @@ def test_a_receipt_that_names_an_arithmetic_with_more_room_than_was_agreed_is_re
     assert rules(arithmetics=("native fp32", "test fp32")).form(RECEIPT) == rules().form(RECEIPT)
     with pytest.raises(Inconsistent, match="computed otherwise than was agreed") as refusal:
         rules(arithmetics=("native fp32", "native bf16")).form(RECEIPT)
+    with pytest.raises(Inconsistent):  # and not merely that a proof is missing
+        rules(DEMANDING, arithmetics=("native fp32",)).form(RECEIPT)
     assert refusal.value.evidence == {"named": "test fp32", "agreed": "native fp32, native bf16"}
