@@ -51,7 +51,7 @@ class TileLog:
         self._entries: list[bytes] = []  # of the last bundle, not full
         self._unsynced: list[Path] = []
         self._tree = TileTree(self._read)
-        self._failed = False
+        self._failed = self._closed = False
 
     @staticmethod
     def open(folder: Path) -> TileLog:
@@ -157,9 +157,14 @@ class TileLog:
             return self._checkpoint.read_bytes() if self._checkpoint.exists() else None
 
     def close(self) -> None:
-        """Lets others open the folder. What was acknowledged is durable already."""
-        self._journal.close()
-        os.close(self._lock)
+        """Lets others open the folder, once an append in another thread is through. What was acknowledged is durable
+        already.
+        """
+        with self._writing:
+            if not self._closed:
+                self._closed = True
+                self._journal.close()
+                os.close(self._lock)
 
     def __enter__(self) -> Self:
         return self
@@ -272,7 +277,9 @@ class TileLog:
 
     @contextmanager
     def _writes(self) -> Iterator[None]:
-        """No writing after a failure: memory and disk may differ then."""
+        """No writing after a failure: memory and disk may differ then. Nor after ``close``, when others may write."""
+        if self._closed:
+            raise LogFolderError(f"{self.folder}: this log is closed; open it again")
         if self._failed:
             raise LogFolderError(f"{self.folder}: a write failed earlier; open the log again")
         with _usable(self.folder):

@@ -250,6 +250,35 @@ def test_after_an_append_that_broke_off_half_way_nothing_more_is_appended(
         assert [log.entry(index) for index in range(log.size)] == entries(0, 15)
 
 
+def test_a_log_is_closed_when_the_append_of_another_thread_is_through_and_never_written_to_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the entries would go to whatever file gets the journal's number next."""
+    log, syncing, go_on, real = filled(tmp_path, 10), Event(), Event(), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        syncing.set()
+        assert go_on.wait(10)
+        real(descriptor)
+
+    with ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(os, "fsync", fsync)
+        appended = pool.submit(log.append, entries(10, 20))
+        assert syncing.wait(10)
+        closed = pool.submit(log.close)
+        try:
+            assert not wait([closed], timeout=0.2).done
+        finally:
+            go_on.set()
+        assert appended.result(10) == range(10, 20)
+        closed.result(10)
+    with pytest.raises(LogFolderError, match="is closed"):
+        log.append(entries(20, 21))
+    log.close()
+    with TileLog.open(tmp_path) as log:
+        assert log.root() == merkle.root(leaves(20))
+
+
 def test_what_is_too_large_is_refused_and_nothing_of_it_stored(tmp_path: Path) -> None:
     with TileLog.open(tmp_path) as log:
         with pytest.raises(ValueError, match="65535"):
