@@ -40,7 +40,7 @@ from countersign.services.engine.sampling import Sampling
 from countersign.services.engine.speculation import Draft
 from countersign.services.engine.text import Tokenizer
 from countersign.services.protocol.keys import chain_keys, root_key
-from countersign.services.runtime.config import load
+from countersign.services.runtime.config import FREE_PORTS, load
 from countersign.services.runtime.supervisor import Supervisor
 from countersign.services.target.faults import FAULTS as ALL_FAULTS
 from countersign.services.target.faults import DishonestRunner, Fault, load_dishonest, shifted
@@ -338,7 +338,7 @@ def _false_positives(quick: bool) -> Iterator[Row]:
 async def _costs_on_a_stack(rounds: int) -> list[Row]:
     """The whole audit of a receipt over 300 tokens against answering them on a running stack, in turns."""
     with tempfile.TemporaryDirectory() as folder:
-        config = load(None, os.environ, [f"data_dir={folder}", "router.listen=127.0.0.1:0"])
+        config = load(None, os.environ, [f"data_dir={folder}", *FREE_PORTS])
         prompt = heldout_prompts(MODELS, 1)[0].text
         made, audited = list[float](), list[float]()
         async with Supervisor(config) as stack, Client(stack.router_address) as client:

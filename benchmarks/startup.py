@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from countersign.cli.bench import Row
+from countersign.services.runtime.config import FREE_PORTS
 from countersign.services.runtime.errors import CountersignError, Unavailable
 from countersign.services.runtime.stack import read_stack
 
@@ -34,7 +35,7 @@ async def _start() -> float:
             str(Path(sys.executable).parent / "countersign"),
             "up",
             f"--data-dir={folder}",
-            "--set=router.listen=127.0.0.1:0",
+            *(f"--set={setting}" for setting in FREE_PORTS),
             stdout=asyncio.subprocess.DEVNULL,
         )
         try:

@@ -135,8 +135,16 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Trace:
+    """The W3C trace context of the request at its provider: its trace, and the router's span in it."""
+
+    id: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    span: Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
-    """The whole payload."""
+    """The whole payload. ``trace``: None where nothing was traced."""
 
     request_id: RequestId
     model: Model
@@ -144,6 +152,7 @@ class Receipt:
     output: Output
     evidence: Evidence
     usage: Usage
+    trace: Trace | None = None
     v: Literal[1] = 1
 
 

@@ -26,7 +26,6 @@ from nats.errors import SlowConsumerError
 from nats.js import JetStreamContext
 from opentelemetry.trace import TracerProvider
 
-from countersign.services.runtime import tracing
 from countersign.services.runtime.call import M, Method, parse_reply
 from countersign.services.runtime.dispatch import DEADLINE_HEADER, STATUS_ERROR, STATUS_HEADER, Dispatcher, Limits
 from countersign.services.runtime.errors import (
@@ -37,6 +36,7 @@ from countersign.services.runtime.errors import (
     Unavailable,
 )
 from countersign.services.runtime.inbox import Inbox
+from countersign.services.runtime.telemetry import tracing
 
 _log = logging.getLogger(__name__)
 _RECONNECT_WAIT_S = 0.25

@@ -18,6 +18,7 @@ import msgspec
 from countersign.services.runtime.layers import ConfigError, Layer, environment_layer, file_layer, flag_layer, merge
 
 __all__ = [
+    "FREE_PORTS",
     "AuditorConfig",
     "Config",
     "ConfigError",
@@ -85,6 +86,11 @@ Fault = Annotated[
 ]
 FingerprintSize = Annotated[int, msgspec.Meta(ge=0, le=128, description="0, or a number from 2 to 128")]
 KvWire = Annotated[Literal["exact", "fp8", "int8"], msgspec.Meta(description="exact, fp8 or int8")]
+OtlpProtocol = Annotated[Literal["grpc", "http"], msgspec.Meta(description="grpc or http")]
+LogFormat = Annotated[Literal["auto", "human", "json"], msgspec.Meta(description="auto, human or json")]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"], msgspec.Meta(description="debug, info, warning or error")
+]
 Eviction = Annotated[Literal["cost", "lru"], msgspec.Meta(description="cost or lru")]
 Listen = Annotated[
     str,
@@ -106,6 +112,8 @@ Markers = Annotated[
 ]
 
 _LOCAL = "127.0.0.1:0"
+# Settings of a stack that shall be in nobody's way.
+FREE_PORTS = (f"router.listen={_LOCAL}", f"router.metrics_listen={_LOCAL}")
 _DEMO_TARGET = Path("infra/models/demo-target")
 _DEMO_DRAFT = Path("infra/models/demo-draft")
 
@@ -133,6 +141,7 @@ class RouterConfig:
     full_prompt_tokens: Count = 8192  # that wait at one target: others get the next prompt
     full_requests: Count = 64  # at one target: mixed ones get the next request
     open_hidden: Leaves = 16  # hidden tokens of an answer that a draw opens, at most a quarter of them; 0: none
+    metrics_listen: Listen = "127.0.0.1:9464"  # /metrics of the router, and /targets: where all others serve theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,10 +238,19 @@ class SidecarConfig:
 
 @dataclass(frozen=True, slots=True)
 class TelemetryConfig:
-    """Where traces go."""
+    """What processes tell of themselves."""
 
-    otlp_endpoint: Text = ""  # http://host:4317; empty: nowhere
+    otlp_endpoint: Text = ""  # where spans go: http://host:4317, over HTTP http://host:4318; empty: nowhere
+    otlp_protocol: OtlpProtocol = "grpc"
     service_namespace: Text = "countersign"
+    spans: Switch = True  # false: nothing is traced
+    sample: Fraction = 1.0  # of the traces; those with errors, take-overs or failed audits are kept all the same
+    kept_bytes: Size = 16_777_216  # spans of each process kept below data_dir/traces; 0: none
+    content: Switch = False  # prompts and answers in spans
+    metrics: Switch = True
+    metrics_listen: Listen = _LOCAL  # where each process but the router serves /metrics
+    log_format: LogFormat = "auto"  # human on a terminal, else JSON
+    log_level: LogLevel = "info"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from nats.aio.msg import Msg
 from opentelemetry.trace import Span, Tracer
 
-from countersign.services.runtime import tracing
 from countersign.services.runtime.call import Call, Method, parse_request
 from countersign.services.runtime.errors import (
     CountersignError,
@@ -20,6 +19,7 @@ from countersign.services.runtime.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from countersign.services.runtime.telemetry import tracing
 
 DEADLINE_HEADER = "Cs-Deadline"
 STATUS_HEADER = "Cs-Status"

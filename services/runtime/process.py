@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from countersign.services.runtime import config as configuration
-from countersign.services.runtime import logs, telemetry
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.call import methods_of
 from countersign.services.runtime.clock import wall_ms
@@ -29,6 +28,7 @@ from countersign.services.runtime.registry import Registry
 from countersign.services.runtime.restart import MISCONFIGURED
 from countersign.services.runtime.rpc_server import RpcServer
 from countersign.services.runtime.service import Context, Create, Service
+from countersign.services.runtime.telemetry import logs, wiring
 from countersign.v1.registry_pb2 import Instance
 
 _GRACE_S = 5.0
@@ -108,7 +108,7 @@ async def _serve(process: _Process) -> None:
     """Start, then wait until cancelled. Raises what ends the service; undoes everything on the way out."""
     config = process.config
     async with contextlib.AsyncExitStack() as undo:
-        end_telemetry = telemetry.start(config.telemetry, service=process.name, instance=process.instance)
+        end_telemetry = wiring.start(config.telemetry, service=process.name, instance=process.instance)
         undo.push_async_callback(asyncio.to_thread, end_telemetry)
         bus = await _connect(process)
         undo.push_async_callback(bus.close)

@@ -13,9 +13,9 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 from opentelemetry.trace import TracerProvider
 
-from countersign.services.runtime import tracing
 from countersign.services.runtime.call import M, parse_reply
 from countersign.services.runtime.errors import CountersignError, DeadlineExceeded, Unavailable
+from countersign.services.runtime.telemetry import tracing
 
 _MAX_MESSAGE_BYTES = 64 << 20
 _OPTIONS = (

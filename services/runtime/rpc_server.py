@@ -20,7 +20,6 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 from opentelemetry.trace import Span, Tracer, TracerProvider
 
-from countersign.services.runtime import tracing
 from countersign.services.runtime.call import Call, Method, methods_of, parse_request
 from countersign.services.runtime.errors import (
     CountersignError,
@@ -29,6 +28,7 @@ from countersign.services.runtime.errors import (
     Internal,
     ResourceExhausted,
 )
+from countersign.services.runtime.telemetry import tracing
 
 MAX_MESSAGE_BYTES = 64 << 20
 # For a caller that names no deadline.

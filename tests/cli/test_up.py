@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from countersign.cli.up import HINT, printer
+from countersign.services.runtime.config import FREE_PORTS
 from countersign.services.runtime.keeper import Ended, Healthy
 from countersign.services.runtime.nats_server import NatsServer
 from countersign.services.runtime.stack import DataFolderLock
@@ -100,7 +101,7 @@ async def test_a_taken_port_is_one_line_with_what_to_do(tmp_path: Path) -> None:
 def test_an_interrupt_while_the_services_start_ends_well_and_leaves_no_process(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    arguments = ["--data-dir", str(tmp_path), "--set", "router.listen=127.0.0.1:0"]
+    arguments = ["--data-dir", str(tmp_path), *(item for setting in FREE_PORTS for item in ("--set", setting))]
     with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_until((tmp_path / "logs" / "router.log").exists)
         process.send_signal(number)

@@ -15,7 +15,7 @@ import pytest
 
 from countersign.client import Answer, Client, Tokens
 from countersign.services.runtime.bus import Bus
-from countersign.services.runtime.config import load
+from countersign.services.runtime.config import FREE_PORTS, load
 from countersign.services.runtime.errors import DataLoss, NotFound
 from countersign.services.runtime.supervisor import SERVICES, Supervisor, service_command
 from countersign.v1.sidecar_pb2 import GetRunRequest, GetRunResponse, StatusRequest, StatusResponse, Violation
@@ -28,7 +28,7 @@ COMMAND = str(Path(sys.executable).parent / "countersign")
 
 @asynccontextmanager
 async def stack(folder: Path, *settings: str, planted: tuple[str, str] | None = None) -> AsyncIterator[Supervisor]:
-    config = load(None, os.environ, [f"data_dir={folder}", "router.listen=127.0.0.1:0", *settings])
+    config = load(None, os.environ, [f"data_dir={folder}", *FREE_PORTS, *settings])
     services = {name: service_command(name) for name in SERVICES}
     if planted is not None:
         services[planted[0]] = [sys.executable, str(PLANTED), *planted]

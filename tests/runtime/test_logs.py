@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from countersign.services.runtime.logs import LineFormatter
+from countersign.services.runtime.telemetry.logs import LineFormatter
 
 
 def line(message: str, *, exception: BaseException | None = None, **fields: object) -> str:

@@ -7,13 +7,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from countersign.services.runtime import telemetry
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.call import Call
 from countersign.services.runtime.config import TelemetryConfig
 from countersign.services.runtime.errors import NotFound
 from countersign.services.runtime.nats_server import NatsServer
 from countersign.services.runtime.rpc import Channel, RpcServer
+from countersign.services.runtime.telemetry import wiring
 from countersign.v1.kv_pb2 import (
     GetRequest,
     GetResponse,
@@ -104,5 +104,5 @@ def test_nothing_is_wired_without_an_endpoint() -> None:
     from opentelemetry import trace
 
     before = trace.get_tracer_provider()
-    telemetry.start(TelemetryConfig(), service="kv", instance="kv-1")()
+    wiring.start(TelemetryConfig(), service="kv", instance="kv-1")()
     assert trace.get_tracer_provider() is before

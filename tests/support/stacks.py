@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from countersign.services.runtime.config import FREE_PORTS
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.stack import read_stack
 
@@ -30,7 +31,7 @@ class Running:
 
 def start_stack(data_dir: Path, *settings: str) -> Running:
     """`countersign up` on free ports, healthy."""
-    options = [item for setting in ("router.listen=127.0.0.1:0", *settings) for item in ("--set", setting)]
+    options = [item for setting in (*FREE_PORTS, *settings) for item in ("--set", setting)]
     command = [str(Path(sys.executable).parent / "countersign"), "up", "--data-dir", str(data_dir), *options]
     log = data_dir.parent / f"{data_dir.name}.up.log"
     with log.open("wb") as out:

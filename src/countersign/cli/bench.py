@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from countersign.services.runtime.config import Config
+from countersign.services.runtime.config import FREE_PORTS, Config
 from countersign.services.runtime.config import load as load_config
 from countersign.services.runtime.errors import NotFound
 
@@ -75,7 +75,7 @@ def bench(
 
 def stack_config(folder: Path | str, *settings: str) -> Config:
     """A stack of a benchmark: on free ports, and no audit beside what is measured."""
-    quiet = (f"data_dir={folder}", "router.listen=127.0.0.1:0", "auditor.share=0")
+    quiet = (f"data_dir={folder}", *FREE_PORTS, "auditor.share=0")
     return load_config(None, os.environ, [*quiet, *settings])
 
 

@@ -22,7 +22,7 @@ from countersign.cli.prompts import Prompt, heldout_prompts
 from countersign.cli.render import AnswerPrinter
 from countersign.cli.up import printer
 from countersign.client import Accepted, Client, Finished, Tokens
-from countersign.services.runtime.config import Config, load
+from countersign.services.runtime.config import FREE_PORTS, Config, load
 from countersign.services.runtime.errors import CountersignError, Internal
 from countersign.services.runtime.rpc import Channel
 from countersign.services.runtime.supervisor import Supervisor
@@ -97,7 +97,7 @@ async def _run(console: Console, overrides: Sequence[str]) -> Summary:
     if (task := asyncio.current_task()) is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with tempfile.TemporaryDirectory(prefix="countersign-demo-") as folder:
-        own = [f"data_dir={folder}", "router.listen=127.0.0.1:0"]
+        own = [f"data_dir={folder}", *FREE_PORTS]
         config = load(None, os.environ, [*own, *overrides])
         prompts = heldout_prompts(config.target.model.parent, PROMPTS)
         console.rule("six services and nats-server start, each a process")

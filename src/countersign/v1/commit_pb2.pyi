@@ -95,6 +95,7 @@ class Opened(_message.Message):
     OPENED_UNIX_MS_FIELD_NUMBER: _builtins.int
     SALT_KEY_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     weights_sha256: _builtins.bytes
@@ -109,6 +110,10 @@ class Opened(_message.Message):
     """Unix time in milliseconds at which the router took the request."""
     salt_key: _builtins.bytes
     """32 random bytes: the key of the salts in the receipt's digests and token leaves. The log holds it, the receipt does not."""
+    traceparent: _builtins.str
+    """W3C trace context of the router's span: what is done for the request, at any instance and time, belongs to its
+    trace. Empty where nothing is traced.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt as the target sees it."""
@@ -134,10 +139,11 @@ class Opened(_message.Message):
         opened_unix_ms: _builtins.int = ...,
         salt_key: _builtins.bytes = ...,
         hidden: _sampling_pb2.HiddenMarkers | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_unix_ms", b"deadline_unix_ms", "drafting", b"drafting", "hidden", b"hidden", "model", b"model", "opened_unix_ms", b"opened_unix_ms", "prompt_token_ids", b"prompt_token_ids", "salt_key", b"salt_key", "sampling", b"sampling", "tenant", b"tenant", "weights_sha256", b"weights_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_unix_ms", b"deadline_unix_ms", "drafting", b"drafting", "hidden", b"hidden", "model", b"model", "opened_unix_ms", b"opened_unix_ms", "prompt_token_ids", b"prompt_token_ids", "salt_key", b"salt_key", "sampling", b"sampling", "tenant", b"tenant", "traceparent", b"traceparent", "weights_sha256", b"weights_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from countersign.v1 import sampling_pb2 as countersign_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ountersign/v1/draft.proto\x12\x0e\x63ountersign.v1\x1a\x1d\x63ountersign/v1/sampling.proto\"B\n\x0eProposeRequest\x12\x30\n\tsequences\x18\x01 \x03(\x0b\x32\x1d.countersign.v1.DraftSequence\"\x95\x01\n\rDraftSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.countersign.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x06 \x01(\t\">\n\x0fProposeResponse\x12+\n\tproposals\x18\x01 \x03(\x0b\x32\x18.countersign.v1.Proposal\"\x8c\x01\n\x08Proposal\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x06tokens\x18\x02 \x01(\x0b\x32\x1e.countersign.v1.ProposedTokensH\x00\x12\x30\n\x07missing\x18\x03 \x01(\x0b\x32\x1d.countersign.v1.MissingPrefixH\x00\x42\x08\n\x06result\"\x1d\n\x0eProposedTokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x1d\n\rMissingPrefix\x12\x0c\n\x04held\x18\x01 \x01(\r\"$\n\rForgetRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x10\n\x0e\x46orgetResponse2\xa3\x01\n\x0c\x44raftService\x12J\n\x07Propose\x12\x1e.countersign.v1.ProposeRequest\x1a\x1f.countersign.v1.ProposeResponse\x12G\n\x06\x46orget\x12\x1d.countersign.v1.ForgetRequest\x1a\x1e.countersign.v1.ForgetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ountersign/v1/draft.proto\x12\x0e\x63ountersign.v1\x1a\x1d\x63ountersign/v1/sampling.proto\"B\n\x0eProposeRequest\x12\x30\n\tsequences\x18\x01 \x03(\x0b\x32\x1d.countersign.v1.DraftSequence\"\xaa\x01\n\rDraftSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.countersign.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\">\n\x0fProposeResponse\x12+\n\tproposals\x18\x01 \x03(\x0b\x32\x18.countersign.v1.Proposal\"\x8c\x01\n\x08Proposal\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x06tokens\x18\x02 \x01(\x0b\x32\x1e.countersign.v1.ProposedTokensH\x00\x12\x30\n\x07missing\x18\x03 \x01(\x0b\x32\x1d.countersign.v1.MissingPrefixH\x00\x42\x08\n\x06result\"\x1d\n\x0eProposedTokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x1d\n\rMissingPrefix\x12\x0c\n\x04held\x18\x01 \x01(\r\"$\n\rForgetRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x10\n\x0e\x46orgetResponse2\xa3\x01\n\x0c\x44raftService\x12J\n\x07Propose\x12\x1e.countersign.v1.ProposeRequest\x1a\x1f.countersign.v1.ProposeResponse\x12G\n\x06\x46orget\x12\x1d.countersign.v1.ForgetRequest\x1a\x1e.countersign.v1.ForgetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROPOSEREQUEST']._serialized_start=77
   _globals['_PROPOSEREQUEST']._serialized_end=143
   _globals['_DRAFTSEQUENCE']._serialized_start=146
-  _globals['_DRAFTSEQUENCE']._serialized_end=295
-  _globals['_PROPOSERESPONSE']._serialized_start=297
-  _globals['_PROPOSERESPONSE']._serialized_end=359
-  _globals['_PROPOSAL']._serialized_start=362
-  _globals['_PROPOSAL']._serialized_end=502
-  _globals['_PROPOSEDTOKENS']._serialized_start=504
-  _globals['_PROPOSEDTOKENS']._serialized_end=533
-  _globals['_MISSINGPREFIX']._serialized_start=535
-  _globals['_MISSINGPREFIX']._serialized_end=564
-  _globals['_FORGETREQUEST']._serialized_start=566
-  _globals['_FORGETREQUEST']._serialized_end=602
-  _globals['_FORGETRESPONSE']._serialized_start=604
-  _globals['_FORGETRESPONSE']._serialized_end=620
-  _globals['_DRAFTSERVICE']._serialized_start=623
-  _globals['_DRAFTSERVICE']._serialized_end=786
+  _globals['_DRAFTSEQUENCE']._serialized_end=316
+  _globals['_PROPOSERESPONSE']._serialized_start=318
+  _globals['_PROPOSERESPONSE']._serialized_end=380
+  _globals['_PROPOSAL']._serialized_start=383
+  _globals['_PROPOSAL']._serialized_end=523
+  _globals['_PROPOSEDTOKENS']._serialized_start=525
+  _globals['_PROPOSEDTOKENS']._serialized_end=554
+  _globals['_MISSINGPREFIX']._serialized_start=556
+  _globals['_MISSINGPREFIX']._serialized_end=585
+  _globals['_FORGETREQUEST']._serialized_start=587
+  _globals['_FORGETREQUEST']._serialized_end=623
+  _globals['_FORGETRESPONSE']._serialized_start=625
+  _globals['_FORGETRESPONSE']._serialized_end=641
+  _globals['_DRAFTSERVICE']._serialized_start=644
+  _globals['_DRAFTSERVICE']._serialized_end=807
 # @@protoc_insertion_point(module_scope)

@@ -55,6 +55,7 @@ class DraftSequence(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     base: _builtins.int
@@ -63,6 +64,8 @@ class DraftSequence(_message.Message):
     """How many to propose at most."""
     tenant: _builtins.str
     """Who asked; nothing that the draft keeps of one tenant is of use to another."""
+    traceparent: _builtins.str
+    """W3C trace context of the target's span; in the first ask of a request only."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens from base on."""
@@ -80,10 +83,11 @@ class DraftSequence(_message.Message):
         count: _builtins.int = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
         tenant: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "count", b"count", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "count", b"count", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from countersign.v1 import router_pb2 as countersign_dot_v1_dot_router__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63ountersign/v1/registry.proto\x12\x0e\x63ountersign.v1\x1a\x1b\x63ountersign/v1/router.proto\"\x9c\x02\n\x08Instance\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x17\n\x0fstarted_unix_ms\x18\x05 \x01(\x03\x12(\n\x05model\x18\x06 \x01(\x0b\x32\x19.countersign.v1.ModelInfo\x12\x17\n\x0f\x61\x63tive_requests\x18\x07 \x01(\r\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12(\n\x04role\x18\t \x01(\x0e\x32\x1a.countersign.v1.TargetRole\x12\x1d\n\x15pending_prompt_tokens\x18\n \x01(\x04\x12\x18\n\x10prefilled_blocks\x18\x0b \x01(\x04*q\n\nTargetRole\x12\x1b\n\x17TARGET_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11TARGET_ROLE_MIXED\x10\x01\x12\x17\n\x13TARGET_ROLE_PREFILL\x10\x02\x12\x16\n\x12TARGET_ROLE_DECODE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63ountersign/v1/registry.proto\x12\x0e\x63ountersign.v1\x1a\x1b\x63ountersign/v1/router.proto\"\xc6\x02\n\x08Instance\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x17\n\x0fstarted_unix_ms\x18\x05 \x01(\x03\x12(\n\x05model\x18\x06 \x01(\x0b\x32\x19.countersign.v1.ModelInfo\x12\x17\n\x0f\x61\x63tive_requests\x18\x07 \x01(\r\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12(\n\x04role\x18\t \x01(\x0e\x32\x1a.countersign.v1.TargetRole\x12\x1d\n\x15pending_prompt_tokens\x18\n \x01(\x04\x12\x18\n\x10prefilled_blocks\x18\x0b \x01(\x04\x12\x0f\n\x07version\x18\x0c \x01(\t\x12\x17\n\x0fmetrics_address\x18\r \x01(\t*q\n\nTargetRole\x12\x1b\n\x17TARGET_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11TARGET_ROLE_MIXED\x10\x01\x12\x17\n\x13TARGET_ROLE_PREFILL\x10\x02\x12\x16\n\x12TARGET_ROLE_DECODE\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'countersign.v1.registry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TARGETROLE']._serialized_start=365
-  _globals['_TARGETROLE']._serialized_end=478
+  _globals['_TARGETROLE']._serialized_start=407
+  _globals['_TARGETROLE']._serialized_end=520
   _globals['_INSTANCE']._serialized_start=79
-  _globals['_INSTANCE']._serialized_end=363
+  _globals['_INSTANCE']._serialized_end=405
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,8 @@ class Instance(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     PENDING_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILLED_BLOCKS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """router, tokenizer, draft, target, kv or auditor."""
     instance: _builtins.str
@@ -85,6 +87,10 @@ class Instance(_message.Message):
     """Prompt tokens whose KV it has still to compute, for itself and for others."""
     prefilled_blocks: _builtins.int
     """Blocks of prompts that it has computed and offered to the store for other targets, since its start."""
+    version: _builtins.str
+    """The release that it runs."""
+    metrics_address: _builtins.str
+    """Where it serves its metrics over HTTP, at /metrics: host:port; empty when it does not."""
     @_builtins.property
     def model(self) -> _router_pb2.ModelInfo:
         """A target's model."""
@@ -103,10 +109,12 @@ class Instance(_message.Message):
         role: Global___TargetRole.ValueType = ...,
         pending_prompt_tokens: _builtins.int = ...,
         prefilled_blocks: _builtins.int = ...,
+        version: _builtins.str = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "address", b"address", "draining", b"draining", "instance", b"instance", "model", b"model", "pending_prompt_tokens", b"pending_prompt_tokens", "pid", b"pid", "prefilled_blocks", b"prefilled_blocks", "role", b"role", "service", b"service", "started_unix_ms", b"started_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "address", b"address", "draining", b"draining", "instance", b"instance", "metrics_address", b"metrics_address", "model", b"model", "pending_prompt_tokens", b"pending_prompt_tokens", "pid", b"pid", "prefilled_blocks", b"prefilled_blocks", "role", b"role", "service", b"service", "started_unix_ms", b"started_unix_ms", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

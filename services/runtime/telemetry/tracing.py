@@ -1,6 +1,6 @@
 """Spans around calls, and the W3C trace context that ties them together over NATS and gRPC.
 
-It uses the OpenTelemetry API only: unless the process wires an SDK (telemetry.py), all of this does nothing.
+It uses the OpenTelemetry API only: unless the process wires an SDK (wiring.py), all of this does nothing.
 """
 
 from __future__ import annotations
