@@ -136,10 +136,13 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The W3C trace context of the request at its provider: its trace, and the router's span in it."""
+    """The W3C trace context of the request at its provider: its trace, the router's span in it, and whether all of it
+    is kept.
+    """
 
     id: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     span: Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
+    sampled: bool
 
 
 @dataclass(frozen=True, slots=True)

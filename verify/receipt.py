@@ -46,6 +46,7 @@ from countersign.verify.payload import (
     Receipt,
     Request,
     Segment,
+    Trace,
     Usage,
 )
 from countersign.verify.segments import Segmenter, segments_of, visible_runs
@@ -65,6 +66,7 @@ __all__ = [
     "Request",
     "Segment",
     "SignedReceipt",
+    "Trace",
     "Usage",
     "attach",
     "attach_proofs",

@@ -13,14 +13,20 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanContext, TraceFlags
+
 from countersign.services.auditor.case import Disclosed, Missed, NotYet, case_of
 from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Audit, Ledger
 from countersign.services.protocol.commit import Entry
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.errors import DataLoss
+from countersign.services.runtime.telemetry import attributes as names
+from countersign.services.runtime.telemetry import tracing
 from countersign.verify.audit import AuditReport, Level
 from countersign.verify.log.store import TileLog
+from countersign.verify.receipt import parse
 from countersign.verify.verdict import Finding, Verdict, beacon_of
 
 FIRST_WAIT_MS = 250
@@ -78,6 +84,7 @@ class Docket:
         self._examine = examine
         self._wall_ms = wall_ms
         self._failures: Counter[int] = Counter()
+        self._tracer = tracing.tracer()
 
     async def next(self) -> bool:
         """One audit, if one is due; whether there was one.
@@ -91,13 +98,25 @@ class Docket:
         records = await self._read(commit_subject(drawn.request_id))
         beacon = beacon_of(drawn.checkpoint, self._keys.log_key)
         case = await asyncio.to_thread(case_of, drawn.receipt, drawn.request_id, records, beacon)
-        findings = None if isinstance(case, NotYet) else await self._findings(drawn, case)
+        findings = None if isinstance(case, NotYet) else await self._audited(drawn, case)
         if findings is None:
             due = self._wall_ms() + wait_ms(drawn.audit.attempts)
             await asyncio.to_thread(self._ledger.postpone, drawn.audit.index, due)
         else:
             await asyncio.to_thread(self._decide, drawn, findings)
         return True
+
+    async def _audited(self, drawn: _Drawn, case: Disclosed | Missed) -> list[Finding] | None:
+        """As ``_findings``, in the trace of the request."""
+        told: dict[str, str | int] = {names.REQUEST_ID: drawn.request_id, names.VERDICT_INDEX: drawn.audit.index}
+        with tracing.step(self._tracer, "audit", _trace_of(drawn.receipt), told) as span:
+            findings = await self._findings(drawn, case)
+            if findings is not None:
+                outcome = worst(findings)
+                span.set_attributes({names.RECEIPT: drawn.audit.digest.hex(), names.VERDICT: outcome})
+                if outcome == "fail":
+                    span.set_attribute(names.KEEP, True)
+        return findings
 
     async def _findings(self, drawn: _Drawn, case: Disclosed | Missed) -> list[Finding] | None:
         """What the levels say; None where the audit itself failed and is to be tried again."""
@@ -136,6 +155,16 @@ class Docket:
         self._ledger.decided(audit.index, outcome, verdict.sign(self._keys.verdicts))
         tell = _log.error if outcome == "fail" else _log.info
         tell("audited request=%s outcome=%s: %s", drawn.request_id, outcome, findings[-1].summary)
+
+
+def _trace_of(receipt: bytes) -> Context | None:
+    """Where the request's spans are, if its receipt says so."""
+    named = parse(receipt).receipt.trace
+    if named is None:
+        return None
+    flags = TraceFlags(TraceFlags.SAMPLED if named.sampled else TraceFlags.DEFAULT)
+    trace_id, span_id = int.from_bytes(named.id, "big"), int.from_bytes(named.span, "big")
+    return tracing.parent_of(SpanContext(trace_id, span_id, is_remote=True, trace_flags=flags))
 
 
 def worst(findings: Sequence[Finding]) -> str:

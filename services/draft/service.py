@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from google.protobuf.descriptor import ServiceDescriptor
 
 from countersign.services.draft.proposer import Ask, Proposer
+from countersign.services.draft.tracing import DraftSpans
 from countersign.services.engine.errors import CheckpointError, EngineError
 from countersign.services.engine.sampling import Sampling
 from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument, translated
 from countersign.services.runtime.service import Call, Context
+from countersign.services.runtime.telemetry import tracing
 from countersign.v1 import draft_pb2
 from countersign.v1.draft_pb2 import (
     ForgetRequest,
@@ -38,11 +41,13 @@ class DraftService:
         self._log = log
         self._vocabulary_size = vocabulary_size
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
+        self._spans = DraftSpans(tracing.tracer())
 
     async def run(self) -> None:
         await asyncio.Event().wait()
 
     async def close(self) -> None:
+        self._spans.close()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def describe(self, instance: Instance) -> None:
@@ -53,7 +58,8 @@ class DraftService:
         asks = [self._ask(sequence) for sequence in request.sequences]
         if len({ask.request_id for ask in asks}) != len(asks):
             raise InvalidArgument("Propose names a request twice", help="send each sequence once a batch")
-        loop, before = asyncio.get_running_loop(), self._proposer.reused
+        self._spans.asked(request.sequences)
+        loop, before, began = asyncio.get_running_loop(), self._proposer.reused, time.monotonic()
         results = await loop.run_in_executor(self._thread, self._proposer.propose, asks)
         if self._proposer.reused > before:
             self._log.info("KV of ended requests was taken tokens=%d", self._proposer.reused - before)
@@ -64,11 +70,13 @@ class DraftService:
             else:
                 proposal = Proposal(request_id=ask.request_id, tokens=ProposedTokens(ids=result))
             response.proposals.append(proposal)
+        self._spans.answered(response.proposals, time.monotonic() - began)
         return response
 
     async def Forget(self, request: ForgetRequest, call: Call) -> ForgetResponse:
         loop = asyncio.get_running_loop()
         for request_id in request.request_ids:
+            self._spans.ended(request_id)
             await loop.run_in_executor(self._thread, self._proposer.forget, request_id)
         return ForgetResponse()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from opentelemetry import trace
+
 from countersign.services.protocol.commit import LogState
 from countersign.services.protocol.custody import Custody, Verdict
 from countersign.services.protocol.driver import settle
@@ -19,6 +21,7 @@ from countersign.services.runtime.errors import (
     translated,
 )
 from countersign.services.runtime.service import Context
+from countersign.services.runtime.telemetry import attributes as names
 from countersign.v1.sampling_pb2 import FinishReason
 from countersign.v1.target_pb2 import StartRequest, StartResponse
 
@@ -78,7 +81,7 @@ class Placer:
     async def _holds(self, log: LogState) -> bool:
         """Whether the log's target works on the request, asked of it."""
         try:
-            failure = await self._started(log, ASK_S)
+            failure = await self._started(log, ASK_S, traced=False)
         except FailedPrecondition:
             return True  # the log has moved on, and will tell
         if failure is not None and failure.reason in AWAY:
@@ -95,6 +98,10 @@ class Placer:
         refusal = await self._assign(Opener(log), past=log.instance)
         custody.moved(now, placed=refusal is None)
         state = f"request={log.request_id} from={log.instance} epoch={log.epoch} tokens={len(log.tokens)}"
+        span = trace.get_current_span()
+        if span.is_recording():
+            span.add_event("takeover", {names.INSTANCE: log.instance, names.EPOCH: log.epoch})
+            span.set_attribute(names.KEEP, True)
         if refusal is None:
             self._log.warning("a request was taken from its target %s", state)
         else:
@@ -130,11 +137,13 @@ class Placer:
         with translated(LogError, DataLoss, about=f"the log of request {opener.log.request_id} is damaged"):
             return isinstance(await settle(opener, effect, self._journal), Settled)
 
-    async def _started(self, log: LogState, patience: float) -> CountersignError | None:
+    async def _started(self, log: LogState, patience: float, *, traced: bool = True) -> CountersignError | None:
         """Have the log's target start it; why it did not. None when it did, or when the request is another's by now."""
         start = StartRequest(request_id=log.request_id, epoch=log.epoch)
         try:
-            await self._bus.call("target", "Start", start, StartResponse, timeout=patience, instance=log.instance)
+            await self._bus.call(
+                "target", "Start", start, StartResponse, timeout=patience, instance=log.instance, traced=traced
+            )
         except (ResourceExhausted, Unavailable, DeadlineExceeded) as error:
             return error
         except FailedPrecondition as error:

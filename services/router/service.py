@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
 from google.protobuf.descriptor import ServiceDescriptor
+from opentelemetry import trace
 
 from countersign import __version__
 from countersign.services.protocol.commit import LogState, decode, replay
@@ -39,6 +40,9 @@ from countersign.services.runtime.errors import (
 )
 from countersign.services.runtime.journal import Entry
 from countersign.services.runtime.service import Call, Context
+from countersign.services.runtime.telemetry import attributes as names
+from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry.generation import GenerationSpan
 from countersign.v1 import router_pb2
 from countersign.v1.commit_pb2 import Closed, Opened
 from countersign.v1.registry_pb2 import Instance
@@ -89,6 +93,8 @@ class RouterService:
         announcer = Announcer(context.bus if context.config.sidecar.enabled else None, context.instance)
         self._follower = Follower(self._text, context.journal, self._placer, self._receipts, wall_ms, announcer)
         self._active = 0
+        self._tracer = tracing.tracer()
+        self._content = context.config.telemetry.content
         self._background = Background()
         self._orphans = Background()
 
@@ -132,15 +138,24 @@ class RouterService:
         request_id = request.request_id or uuid.uuid4().hex
         finished = False
         opened = False
+        span = trace.get_current_span()  # of this call
+        generation = GenerationSpan(span, request, content=self._content)
+        phases = tracing.Phases(self._tracer, span)
         try:
-            opener = await self._open(request_id, request)
+            with phases.step("admit"):
+                opener = await self._open(request_id, request, tracing.traceparent(span))
             opened = True
-            await self._placer.place(opener)
+            with phases.step("place"):
+                await self._placer.place(opener)
+            phases.begin("stream")
             async with aclosing(self._follower.follow(request_id, 0)) as events:
                 async for event in events:
                     finished = event.HasField("finished")
+                    generation.sees(event)
                     yield GenerateResponse(event=event)
         finally:
+            phases.end()
+            generation.left()
             self._active -= 1
             goes_on = request.on_disconnect == OnDisconnect.ON_DISCONNECT_CONTINUE
             if opened and not finished:
@@ -154,7 +169,7 @@ class RouterService:
     async def Resume(self, request: ResumeRequest, call: Call) -> AsyncIterator[ResumeResponse]:
         """Raises NotFound(UNKNOWN_REQUEST)."""
         admission.check_request_id(request.request_id)
-        await self._log_of(request.request_id)
+        _belongs_to(await self._log_of(request.request_id))
         async with aclosing(self._follower.follow(request.request_id, request.position)) as events:
             async for event in events:
                 yield ResumeResponse(event=event)
@@ -163,6 +178,7 @@ class RouterService:
         """Raises NotFound(UNKNOWN_REQUEST), DeadlineExceeded when its target does not close it."""
         admission.check_request_id(request.request_id)
         opener = Opener(await self._log_of(request.request_id))
+        _belongs_to(opener.log)
         final = await settle(opener, opener.cancel("the client asked for it"), self._journal)
         if isinstance(final, ClosedAlready):
             return CancelResponse(reason=final.reason)
@@ -227,7 +243,7 @@ class RouterService:
         targets = sorted(self._context.registry.live("target"), key=lambda target: target.instance)
         return list({target.model.name: target.model for target in targets}.values())
 
-    async def _open(self, request_id: str, request: GenerateRequest) -> Opener:
+    async def _open(self, request_id: str, request: GenerateRequest, traceparent: str) -> Opener:
         """Check the request and write its first record."""
         model = admission.choose_model(request.model, self._models())
         admission.check(request, model)
@@ -250,6 +266,7 @@ class RouterService:
                 opened_unix_ms=now,
                 salt_key=os.urandom(32),
                 hidden=model.hidden if model.HasField("hidden") else None,
+                traceparent=traceparent,
             )
         )
         try:
@@ -317,6 +334,15 @@ class RouterService:
         raise Unavailable(
             f"the log of request {request_id} cannot be read yet", reason="REPLICA_LAGS", help="try again"
         )
+
+
+def _belongs_to(log: LogState) -> None:
+    """This call's span names the request, and links to its trace."""
+    span = trace.get_current_span()
+    asked = tracing.context_of(log.opened.traceparent) if log.opened is not None else None
+    span.set_attribute(names.REQUEST_ID, log.request_id)
+    if asked is not None:
+        span.add_link(asked)
 
 
 def _replayed(request_id: str, entries: Sequence[Entry]) -> LogState:

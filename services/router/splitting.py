@@ -92,4 +92,6 @@ class Splitter:
     async def _alive(self, request_id: str, instance: str) -> None:
         """A reply that its sender died over never comes: so it is asked something that it answers at once."""
         request = RefreshRequest(request_id=request_id)
-        await self._bus.call("target", "Refresh", request, RefreshResponse, timeout=ASK_S, instance=instance)
+        await self._bus.call(
+            "target", "Refresh", request, RefreshResponse, timeout=ASK_S, instance=instance, traced=False
+        )

@@ -27,20 +27,20 @@ class Text:
 
     async def encode(self, text: str) -> Sequence[int]:
         """Its token ids."""
-        return (await self._call("Encode", EncodeRequest(text=text), EncodeResponse)).token_ids
+        return (await self._call("Encode", EncodeRequest(text=text), EncodeResponse, traced=True)).token_ids
 
     async def decode(self, context: Sequence[int], token_ids: Sequence[int], *, final: bool) -> Sequence[str]:
         """A piece for each token whose text is settled; see ``tokenizer.proto``."""
         request = DecodeRequest(context_ids=context, token_ids=token_ids, final=final)
-        return (await self._call("Decode", request, DecodeResponse)).pieces
+        return (await self._call("Decode", request, DecodeResponse, traced=False)).pieces
 
-    async def _call(self, method: str, request: Message, reply: type[M]) -> M:
+    async def _call(self, method: str, request: Message, reply: type[M], *, traced: bool) -> M:
         """Raises what the last try raised, after ``PATIENCE_S``."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + PATIENCE_S
         while True:
             try:
-                return await self._bus.call("tokenizer", method, request, reply, timeout=TRY_S)
+                return await self._bus.call("tokenizer", method, request, reply, timeout=TRY_S, traced=traced)
             except (Unavailable, DeadlineExceeded):
                 if loop.time() > give_up:
                     raise

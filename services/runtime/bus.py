@@ -150,8 +150,10 @@ class Bus:
         *,
         timeout: float,  # noqa: ASYNC109  travels as the deadline, ends in a typed error
         instance: str | None = None,
+        traced: bool = True,
     ) -> M:
-        """Ask a service, any instance or a certain one, and wait ``timeout`` seconds at most.
+        """Ask a service, any instance or a certain one, and wait ``timeout`` seconds at most. Calls of which a request
+        makes many are not ``traced``.
 
         Raises:
             Unavailable: reason NO_RESPONDERS, CONNECTION_LOST (the outcome is unknown), DISCONNECTED or BUS_CLOSED.
@@ -167,7 +169,8 @@ class Bus:
             **tracing.rpc_attributes("nats", service, method),
             **tracing.messaging_attributes(subject, "send"),
         }
-        with tracing.client_span(self._tracer, f"{service}/{method}", attributes) as span:
+        tracer = self._tracer if traced else None
+        with tracing.client_span(tracer, f"{service}/{method}", attributes) as span:
             tracing.inject(headers, span)
             msg = await self._inbox.request(subject, request.SerializeToString(), headers, timeout)
             if msg.headers and msg.headers.get(STATUS_HEADER) == STATUS_ERROR:

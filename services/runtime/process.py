@@ -108,10 +108,13 @@ async def _serve(process: _Process) -> None:
     """Start, then wait until cancelled. Raises what ends the service; undoes everything on the way out."""
     config = process.config
     async with contextlib.AsyncExitStack() as undo:
-        end_telemetry = wiring.start(config.telemetry, service=process.name, instance=process.instance)
-        undo.push_async_callback(asyncio.to_thread, end_telemetry)
+        wired = wiring.start(
+            config.telemetry, service=process.name, instance=process.instance, data_dir=config.data_dir
+        )
+        undo.push_async_callback(asyncio.to_thread, wired.close)
         bus = await _connect(process)
         undo.push_async_callback(bus.close)
+        await wired.join(bus)
         journal = Journal(bus)
         await journal.ensure_streams(config.nats)
         registry = await undo.enter_async_context(Registry(bus, replicas=config.nats.replicas))

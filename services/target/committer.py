@@ -60,10 +60,12 @@ class Committer:
         try:
             if await self._extend(session, changed):
                 await self._close(session)
-        except (CountersignError, ProtocolError, VerificationError):
+        except (CountersignError, ProtocolError, VerificationError) as error:
             # The log is the truth and is left as it is: another epoch can go on from there.
             self._log.exception("request is dropped request=%s", session.request_id)
+            session.trace.fails(type(error).__name__)
         finally:
+            session.trace.ended(session.writer.log.closed)
             session.done = True
             self._wake()
 
@@ -88,11 +90,12 @@ class Committer:
                 cached_prompt_tokens=session.generation.cached if writer.log.epoch_passes == 0 else 0,
                 fingerprints=b"".join(sampled.fingerprints),
             )
+            began = asyncio.get_running_loop().time()
             final = await self._settle(session, effect)
             if isinstance(final, CancelledByClient):
                 session.cancel()
                 return True
-            session.uncommitted.popleft()
+            session.trace.committed(session.uncommitted.popleft(), asyncio.get_running_loop().time() - began)
             self._wake()
             if not isinstance(final, Settled):
                 self._log.info("request went elsewhere request=%s to=%r", session.request_id, final)

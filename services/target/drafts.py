@@ -92,6 +92,7 @@ class Drafts:
             count=min(self._config.tokens, wanted),
             sampling=session.opened.sampling,
             tenant=session.opened.tenant,
+            traceparent="" if base else session.trace.traceparent,
         )
 
     def _results(self, asks: Sequence[DraftSequence], response: ProposeResponse) -> dict[str, Draft]:

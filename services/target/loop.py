@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -16,11 +17,14 @@ from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.runtime.announcer import NOBODY, Announcer
 from countersign.services.runtime.background import Background
 from countersign.services.runtime.errors import DeadlineExceeded, Internal
+from countersign.services.runtime.telemetry import tracing
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
+from countersign.services.target.passes import Pass, Timing
 from countersign.services.target.prefilling import PrefillJob, no_store
 from countersign.services.target.prefixes import Prefixes, PrefixKeys
-from countersign.services.target.session import Pass, Session
+from countersign.services.target.session import Session
+from countersign.services.target.tracing import DECODE, PREFILL, PREFIX
 from countersign.v1.event_pb2 import ProtocolEvent, Sampled
 from countersign.v1.sampling_pb2 import FinishReason
 
@@ -107,7 +111,9 @@ class TargetLoop:
         if session.finish is None:
             self._engine.submit(session.generation)
         self._sessions[session.request_id] = session
-        self._tasks[session.request_id] = asyncio.create_task(committer.run(session, session.changed))
+        self._tasks[session.request_id] = asyncio.create_task(
+            committer.run(session, session.changed), context=session.trace.context()
+        )
         self._wake.set()
 
     async def prefill(self, prefill: PrefillJob) -> None:
@@ -168,12 +174,14 @@ class TargetLoop:
             step = self._engine.plan(self._wall_ms(), drafts)
             for name in step.plan.expired:
                 self._expire(name)
+            self._trace(step)
             if step.idle and not (step.plan.admitted or step.plan.preempted):
                 return False
             loading = step.plan.admitted if self._prefixes is not None else ()
             began = asyncio.get_running_loop().time()
             ran = await self._in_thread(self._engine.run, step, loading)
-            self._measure(step, ran, asyncio.get_running_loop().time() - began)
+            seconds = asyncio.get_running_loop().time() - began
+            self._measure(step, ran, seconds)
         for name in loading:
             job = self._jobs().get(name)
             if job is not None:  # else it left meanwhile
@@ -181,13 +189,23 @@ class TargetLoop:
                 self._background.spawn(self._load_prefix(job))
         if ran.computed:
             self._losses = 0
-        self._engine.settle(ran, {result.generation.id: self._take(result) for result in ran.results})
+        timing = Timing(len(ran.computed), seconds, time.time_ns())
+        self._engine.settle(ran, {result.generation.id: self._take(result, timing) for result in ran.results})
         # Before the committers can append it: who sees a record has been told of its tokens.
         sampled, self._sampled = self._sampled, []
         await self._announcer.announce(*sampled)
         # The committers get their turn, so that the log does not wait for the next pass.
         await asyncio.sleep(0)
         return True
+
+    def _trace(self, step: Step) -> None:
+        """Who enters another phase with this pass."""
+        for name in step.plan.preempted:
+            if name in self._sessions:
+                self._sessions[name].trace.preempted()
+        for name in step.plan.admitted:
+            if name in self._sessions:
+                self._sessions[name].trace.enters(PREFILL if self._prefixes is None else PREFIX)
 
     def _measure(self, step: Step, ran: Ran, seconds: float) -> None:
         """What a block takes to compute, from passes of prompts alone: the store keeps longer what is dearer."""
@@ -230,7 +248,7 @@ class TargetLoop:
                 move = self._engine.scheduler.hold if job.waits else self._engine.scheduler.release
                 move(name)
 
-    def _take(self, result: Result) -> list[int]:
+    def _take(self, result: Result, timing: Timing) -> list[int]:
         """Append a pass to its session; the tokens that belong to the answer."""
         session, outcome = self._sessions.get(result.generation.id), result.outcome
         kept: list[int] = []
@@ -243,7 +261,14 @@ class TargetLoop:
         if session.finish is None and session.writer.wants_tokens and outcome.token_ids:
             kept, reason = session.stopper.take(outcome.token_ids)
             base = session.output_tokens
-            sampled = Pass(outcome.token_ids, result.drafted, outcome.accepted, outcome.fingerprints)
+            session.trace.enters(DECODE)
+            sampled = Pass(
+                outcome.token_ids,
+                result.drafted,
+                outcome.accepted,
+                outcome.fingerprints,
+                timing,
+            )
             padded = session.padded(sampled.cut(len(kept)))
             session.uncommitted.append(padded)
             self._sampled.append(_said(session, base, padded.token_ids))
@@ -262,7 +287,8 @@ class TargetLoop:
                 return
             held = generation.sequence.length // PAGE_TOKENS
             keys = self._keys(generation.tenant, generation.tokens[:-1])
-            blocks = await prefixes.fetch(generation.id, keys, held)
+            with tracing.current(job.span):
+                blocks = await prefixes.fetch(generation.id, keys, held)
             async with self._pages:
                 await self._in_thread(self._engine.load, generation, blocks)
             if isinstance(job, PrefillJob):
@@ -270,6 +296,7 @@ class TargetLoop:
                 job.loaded(lacking, held, len(blocks))
             else:
                 job.stored_blocks = held + len(blocks)
+                job.trace.found(job.stored_blocks)
         except EngineError as error:
             # What was imported before stays right; the rest is computed.
             self._log.warning("stored prefix does not fit request=%s error=%s", generation.id, error)
@@ -277,6 +304,8 @@ class TargetLoop:
                 job.end(Internal(f"the stored prefix does not fit: {error}", reason="BAD_PREFIX"))
         finally:
             job.loading = False
+            if isinstance(job, Session) and job.finish is None:
+                job.trace.enters(PREFILL)
             if generation.sequence is not None and not generation.removed:
                 generation.cached = min(generation.sequence.length, job.prompt_tokens)
                 self._engine.scheduler.adopted(generation.id, generation.sequence.length)
@@ -307,7 +336,8 @@ class TargetLoop:
         first, count = session.stored_blocks, len(generation.keys)
         if self._prefixes is not None and count > first:
             held = await self._in_thread(generation.sequence.fork)
-            self._background.spawn(self._store_blocks(self._prefixes, session.request_id, generation.keys, held, first))
+            storing = self._store_blocks(self._prefixes, session.request_id, generation.keys, held, first)
+            self._background.spawn(storing, session.trace.context())
 
     async def _store_blocks(
         self, prefixes: Prefixes, request_id: str, keys: Sequence[bytes], held: CachedSequence, first: int

@@ -10,7 +10,7 @@ from countersign.verify.payload import HiddenMarkers
 from countersign.verify.segments import Segmenter
 
 if TYPE_CHECKING:
-    from countersign.services.target.session import Pass
+    from countersign.services.target.passes import Pass
 
 
 @dataclass(slots=True)

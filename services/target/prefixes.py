@@ -178,7 +178,7 @@ class Prefixes:
         if any(numbers):
             request = ReleaseRequest(numbers=numbers)
             with suppress(CountersignError):
-                await self._bus.call("kv", "Release", request, ReleaseResponse, timeout=CALL_TIMEOUT_S)
+                await self._bus.call("kv", "Release", request, ReleaseResponse, timeout=CALL_TIMEOUT_S, traced=False)
 
     async def _link(self, address: str, socket: str) -> StoreLink:
         """The store there. One that has died is let go, so that nothing keeps its memory."""

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from countersign.services.protocol.commit import LogState
 from countersign.services.runtime.errors import Internal
+from countersign.services.runtime.telemetry import tracing
 from countersign.v1.commit_pb2 import Opened
 from countersign.v1.router_pb2 import ModelInfo
 from countersign.v1.sampling_pb2 import Drafting, FinishReason
@@ -72,6 +73,7 @@ class ReceiptMaker:
                 kv_policy=self._kv_policy,
                 activations=activations_of(log),
             ),
+            trace=_trace(opened.traceparent),
             usage=receipts.Usage(started_unix_ms, max(started_unix_ms, finished_unix_ms), joules="unavailable"),
         )
         # Signed with its openings so that it is checked against them, stored without: the log has them.
@@ -82,6 +84,15 @@ def _opened(log: LogState) -> Opened:
     if log.opened is None:
         raise Internal(f"request {log.request_id} has no Opened record, so there is nothing to sign")
     return log.opened
+
+
+def _trace(traceparent: str) -> receipts.Trace | None:
+    span = tracing.context_of(traceparent)
+    if span is None:
+        return None
+    return receipts.Trace(
+        span.trace_id.to_bytes(16, "big"), span.span_id.to_bytes(8, "big"), sampled=span.trace_flags.sampled
+    )
 
 
 def _request(opened: Opened) -> receipts.Request:

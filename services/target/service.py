@@ -42,6 +42,7 @@ from countersign.services.runtime.errors import (
 )
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.service import Call, Context
+from countersign.services.runtime.telemetry import tracing
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
 from countersign.services.target.faults import FAULTS, DishonestRunner, Dishonesty, load_dishonest
@@ -52,6 +53,7 @@ from countersign.services.target.prefixes import Prefixes, PrefixKeys
 from countersign.services.target.receipts import ReceiptMaker
 from countersign.services.target.session import Session
 from countersign.services.target.stopping import Stopper
+from countersign.services.target.tracing import AnswerTrace
 from countersign.services.target.wire import Wire
 from countersign.v1 import target_pb2
 from countersign.v1.commit_pb2 import Opened
@@ -116,6 +118,7 @@ class TargetService:
         self._most = most
         self._role = ROLES[role]
         self._dishonesty = dishonesty
+        self._tracer = tracing.tracer()
         self._prefilled = 0
 
     async def run(self) -> None:
@@ -294,6 +297,7 @@ class TargetService:
             started_unix_ms=wall_ms(),
             party=self._announcer.party(writer.log.request_id),
             unseen=unseen,
+            trace=AnswerTrace(self._tracer, writer, self._instance),
             padding=None if self._dishonesty is None else self._dishonesty.padding(opened, committed),
         )
         # An earlier epoch may have committed the last token and died before it closed the log.

@@ -6,30 +6,20 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
+from opentelemetry.trace import Span
+
 from countersign.services.engine.generation import Generation
 from countersign.services.protocol.writer import Writer
 from countersign.services.runtime.announcer import Party
 from countersign.services.target.padding import Padding
+from countersign.services.target.passes import Pass
 from countersign.services.target.stopping import Stopper
+from countersign.services.target.tracing import COMMIT, AnswerTrace
 from countersign.v1.commit_pb2 import Opened
 from countersign.v1.sampling_pb2 import Drafting, FinishReason
 
 # Passes whose records may wait for the log while the next pass runs.
 MAX_UNCOMMITTED = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """What one forward pass of the target gave a request. ``fingerprints``: one a token, or none."""
-
-    token_ids: tuple[int, ...]
-    drafted: int
-    accepted: int
-    fingerprints: tuple[bytes, ...] = ()
-
-    def cut(self, count: int) -> Pass:
-        """Its first ``count`` tokens: the answer ended inside it."""
-        return Pass(self.token_ids[:count], self.drafted, min(self.accepted, count), self.fingerprints[:count])
 
 
 @dataclass(slots=True)
@@ -58,6 +48,7 @@ class Session:
     party: Party = field(default_factory=Party)
     unseen: int = 0
     padding: Padding | None = None
+    trace: AnswerTrace = field(default_factory=AnswerTrace)
 
     @property
     def prompt_tokens(self) -> int:
@@ -67,6 +58,11 @@ class Session:
     def output_tokens(self) -> int:
         added = 0 if self.padding is None else self.padding.added
         return self.unseen + len(self.generation.tokens) - self.prompt_tokens + added
+
+    @property
+    def span(self) -> Span:
+        """What is done for it now belongs there."""
+        return self.trace.phase
 
     @property
     def waits(self) -> bool:
@@ -90,8 +86,10 @@ class Session:
         """The answer ends with what was sampled so far; the first reason stands."""
         if self.finish is None:
             self.finish, self.message = reason, message
+            self.trace.enters(COMMIT)
 
     def cancel(self) -> None:
         """The log says cancelled: what it does not hold never was."""
         self.uncommitted.clear()
         self.finish, self.message = FinishReason.FINISH_REASON_CANCELLED, ""
+        self.trace.enters(COMMIT)

@@ -18,6 +18,9 @@ from itertools import count
 from types import TracebackType
 from typing import Literal, Self, TypedDict, Unpack
 
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind
+
 from countersign import wire
 from countersign.events import (
     Accepted,
@@ -38,6 +41,9 @@ from countersign.events import (
 )
 from countersign.services.runtime.errors import DataLoss, Unavailable
 from countersign.services.runtime.rpc import Channel
+from countersign.services.runtime.telemetry import attributes as names
+from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry.generation import GenerationSpan, span_name
 from countersign.v1 import router_pb2, sampling_pb2
 
 __all__ = [
@@ -74,6 +80,7 @@ _DRAFTING = {
 }
 _ON_DISCONNECT = {"cancel": router_pb2.ON_DISCONNECT_CANCEL, "continue": router_pb2.ON_DISCONNECT_CONTINUE}
 
+_Message = router_pb2.GenerateResponse | router_pb2.ResumeResponse
 _Stream = AsyncGenerator[router_pb2.GenerateResponse, None] | AsyncGenerator[router_pb2.ResumeResponse, None]
 
 
@@ -101,7 +108,9 @@ class Client:
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, reconnects: int = 5) -> None:
         self._channel = Channel(address)
+        self._address = address
         self._reconnects = reconnects
+        self._tracer = tracing.tracer()
 
     async def __aenter__(self) -> Self:
         return self
@@ -179,7 +188,7 @@ class Client:
             request.token_ids.ids.extend(wire.unsigned("prompt", token, 32) for token in prompt)
         method, limit = f"{_SERVICE}/Generate", STREAM_TIMEOUT_S if timeout is None else timeout + RECEIPT_GRACE_S
         stream = self._channel.stream(method, request, router_pb2.GenerateResponse, timeout=limit)
-        return self._answer(stream, _Progress(seed), goes_on=on_disconnect == "continue")
+        return self._generated(request, stream, _Progress(seed), goes_on=on_disconnect == "continue")
 
     def resume(self, request_id: str, position: int = 0) -> AsyncGenerator[Event, None]:
         """The events of a request that exists, from output token ``position`` on. A broken connection is resumed.
@@ -266,12 +275,32 @@ class Client:
         request = router_pb2.ResumeRequest(request_id=request_id, position=position)
         return self._channel.stream(f"{_SERVICE}/Resume", request, router_pb2.ResumeResponse, STREAM_TIMEOUT_S)
 
-    async def _answer(self, stream: _Stream, progress: _Progress, goes_on: bool) -> AsyncGenerator[Event, None]:
-        """The events of one answer over as many streams as it takes and ``reconnects`` allows."""
-        for attempt in count():
+    async def _generated(
+        self, request: router_pb2.GenerateRequest, stream: _Stream, progress: _Progress, goes_on: bool
+    ) -> AsyncGenerator[Event, None]:
+        """One answer as one span of the caller's trace, or of one that begins here."""
+        host, _, port = self._address.rpartition(":")
+        told: dict[str, str | int] = {names.SERVER_ADDRESS: host, names.SERVER_PORT: int(port) if port.isdigit() else 0}
+        span = self._tracer.start_span(span_name(request.model), kind=SpanKind.CLIENT, attributes=told)
+        progress.span = GenerationSpan(span, request)
+        with tracing.ended(span):
             try:
-                async with aclosing(stream):
-                    async for message in stream:
+                async with aclosing(self._answer(stream, progress, goes_on, span)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                progress.span.left()
+
+    async def _answer(
+        self, stream: _Stream, progress: _Progress, goes_on: bool, span: Span | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """The events of one answer over as many streams as it takes and ``reconnects`` allows."""
+        span = span or trace.get_current_span()
+        for attempt in count():
+            messages: AsyncGenerator[_Message] = tracing.within(span, stream)
+            try:
+                async with aclosing(stream), aclosing(messages):
+                    async for message in messages:
                         for event in progress.take(message.event):
                             yield event
                 progress.require_finished()
@@ -292,6 +321,7 @@ class _Progress:
         self._accepted = False
         self.request_id = request_id
         self.position = position
+        self.span: GenerationSpan | None = None
         self._finished = False
 
     def take(self, message: router_pb2.StreamEvent) -> Iterator[Event]:
@@ -301,6 +331,8 @@ class _Progress:
             DataLoss: reason GAP, tokens are missing before it.
 
         """
+        if self.span is not None:
+            self.span.sees(message)
         event = event_from_wire(message, self._seed)
         match event:
             case Accepted():

@@ -1,5 +1,6 @@
 from collections.abc import AsyncIterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -62,7 +63,8 @@ async def test_a_call_over_grpc_that_calls_over_nats_is_one_trace(
     rpc = RpcServer("127.0.0.1:0", tracer_provider=provider)
     rpc.add(kv(Lookup=lookup))
     async with Channel(await rpc.start(), tracer_provider=provider) as channel:
-        await channel.unary("/countersign.v1.KvService/Lookup", LookupRequest(), LookupResponse, 5)
+        with provider.get_tracer("test").start_as_current_span("asked"):
+            await channel.unary("/countersign.v1.KvService/Lookup", LookupRequest(), LookupResponse, 5)
     await rpc.stop(0)
     await asking.close()
     await answering.close()
@@ -79,6 +81,27 @@ async def test_a_call_over_grpc_that_calls_over_nats_is_one_trace(
     assert (chain[3].attributes or {})["messaging.destination.name"] == "cs.v1.kv.GetStats"
 
 
+async def test_what_belongs_to_no_trace_is_not_traced(
+    server: NatsServer, provider: TracerProvider, exporter: InMemorySpanExporter, kv: type
+) -> None:
+    bus = await Bus.connect(server.url, "both", tracer_provider=provider)
+
+    async def stats(request: GetStatsRequest, call: Call) -> GetStatsResponse:
+        return GetStatsResponse(blocks=1)
+
+    async def asks(*, traced: bool = True) -> None:
+        await bus.call("kv", "GetStats", GetStatsRequest(), GetStatsResponse, timeout=5, traced=traced)
+
+    await bus.serve("kv", "kv-1", kv(GetStats=stats).unary())
+    await asks()
+    with provider.get_tracer("test").start_as_current_span("asked"):
+        await asks(traced=False)
+        assert not exporter.get_finished_spans()
+        await asks()
+    await bus.close()
+    assert sorted(span.name for span in exporter.get_finished_spans()) == ["asked", "kv/GetStats", "kv/GetStats"]
+
+
 async def test_a_stream_is_in_the_trace_and_an_error_marks_both_its_spans(
     provider: TracerProvider, exporter: InMemorySpanExporter, kv: type
 ) -> None:
@@ -89,7 +112,7 @@ async def test_a_stream_is_in_the_trace_and_an_error_marks_both_its_spans(
     rpc = RpcServer("127.0.0.1:0", tracer_provider=provider)
     rpc.add(kv(Get=get))
     async with Channel(await rpc.start(), tracer_provider=provider) as channel:
-        with pytest.raises(NotFound):
+        with provider.get_tracer("test").start_as_current_span("asked"), pytest.raises(NotFound):
             async for _ in channel.stream("/countersign.v1.KvService/Get", GetRequest(), GetResponse, 5):
                 pass
     await rpc.stop(0)
@@ -100,9 +123,11 @@ async def test_a_stream_is_in_the_trace_and_an_error_marks_both_its_spans(
         assert (span.attributes or {})["error.type"] == "GONE"
 
 
-def test_nothing_is_wired_without_an_endpoint() -> None:
+@pytest.mark.parametrize("config", [TelemetryConfig(spans=False), TelemetryConfig(kept_bytes=0)])
+def test_nothing_is_wired_where_spans_go_nowhere(config: TelemetryConfig, tmp_path: Path) -> None:
     from opentelemetry import trace
 
     before = trace.get_tracer_provider()
-    wiring.start(TelemetryConfig(), service="kv", instance="kv-1")()
+    wiring.start(config, service="kv", instance="kv-1", data_dir=tmp_path).close()
     assert trace.get_tracer_provider() is before
+    assert not list(tmp_path.iterdir())

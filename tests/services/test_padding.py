@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from countersign.services.target.padding import Padding
-from countersign.services.target.session import Pass
+from countersign.services.target.passes import Pass
 from countersign.verify.payload import HiddenMarkers
 from countersign.verify.segments import Segmenter, hidden_runs, segments_of
 
