@@ -129,4 +129,5 @@ def _question(opened: Opened) -> Opened:
     copy.ClearField("opened_unix_ms")
     copy.ClearField("deadline_unix_ms")
     copy.ClearField("salt_key")
+    copy.ClearField("traceparent")
     return copy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -189,7 +188,7 @@ class TargetLoop:
                 self._background.spawn(self._load_prefix(job))
         if ran.computed:
             self._losses = 0
-        timing = Timing(len(ran.computed), seconds, time.time_ns())
+        timing = Timing(len(ran.computed), seconds, self._wall_ms() * 1_000_000)
         self._engine.settle(ran, {result.generation.id: self._take(result, timing) for result in ran.results})
         # Before the committers can append it: who sees a record has been told of its tokens.
         sampled, self._sampled = self._sampled, []

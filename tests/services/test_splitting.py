@@ -69,6 +69,7 @@ class House:
         *,
         timeout: float,  # noqa: ASYNC109  as the bus does
         instance: str,
+        traced: bool = True,
     ) -> Message:
         self.called.append((method, instance))
         self.pending += 1

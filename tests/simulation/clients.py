@@ -17,6 +17,7 @@ from tests.simulation.network import Network, Node
 
 from countersign.client import Client, Finished, Tokens
 from countersign.services.runtime.errors import CountersignError, Internal, NotFound, Unavailable
+from countersign.services.runtime.telemetry import tracing
 
 M = TypeVar("M", bound=Message)
 
@@ -135,7 +136,7 @@ class SimClient:
         self.name, self._prompt = f"r{number}", ask.tokens(number)
         self._client = Client.__new__(Client)  # but for its gRPC channel
         self._client._channel = cast(Any, SimChannel(network, rng))
-        self._client._reconnects = 2
+        self._client._address, self._client._reconnects, self._client._tracer = "router:1", 2, tracing.tracer()
         self.received: list[int] = []
         self.resumed = 0
 

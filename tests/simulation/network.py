@@ -269,6 +269,7 @@ class SimBus:
         *,
         timeout: float,  # noqa: ASYNC109
         instance: str = "",
+        traced: bool = True,
     ) -> M:
         if isinstance(request, DecodeRequest):  # the tokenizer is not what is simulated
             return cast(M, DecodeResponse(pieces=[f"{token} " for token in request.token_ids]))

@@ -117,7 +117,16 @@ class GrpcBus:
     calls: list[str] = field(default_factory=list)
     replies: dict[str, Message] = field(default_factory=dict)
 
-    async def call(self, service: str, method: str, request: Message, reply_type: Any, timeout: float) -> Any:  # noqa: ASYNC109
+    async def call(
+        self,
+        service: str,
+        method: str,
+        request: Message,
+        reply_type: Any,
+        timeout: float,  # noqa: ASYNC109
+        *,
+        traced: bool = True,
+    ) -> Any:
         self.calls.append(method)
         if method in self.broken:
             raise Unavailable("nobody answers", reason="NO_RESPONDERS")

@@ -24,7 +24,7 @@ class GenerationSpan:
     def __init__(self, span: Span, request: GenerateRequest, *, content: bool = False) -> None:
         self._span = span
         self._on = span.is_recording()
-        self._began = time.monotonic()
+        self._began = time.monotonic() if self._on else 0.0
         self._text: list[str] | None = [] if content and self._on else None
         self._waiting, self._finished = True, False
         if self._on:
