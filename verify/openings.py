@@ -139,7 +139,8 @@ def from_cbor(value: object) -> Openings:
             **more,
         }:
             texts = tuple(text for text in stop if isinstance(text, str))
-            if not more and len(salt_key) == SALT_KEY_SIZE and len(texts) == len(stop) <= MAX_STOPS:
+            plain = len(texts) == len(stop) <= MAX_STOPS and "" not in texts  # which would end every answer
+            if not more and len(salt_key) == SALT_KEY_SIZE and plain:
                 return Openings(salt_key, unpack_ids(prompt), unpack_ids(output), texts)
     raise Malformed("the openings are not of the form that receipts use")
 

@@ -16,7 +16,7 @@ from countersign.verify.coin import challenge, forgeries
 from countersign.verify.coin.bill import Bill
 from countersign.verify.coin.challenge import Demand
 from countersign.verify.coin.counting import Drawn
-from countersign.verify.errors import Inconsistent, OpeningMismatch, VerificationError
+from countersign.verify.errors import Inconsistent, Malformed, OpeningMismatch, VerificationError
 from countersign.verify.receipt import (
     HiddenMarkers,
     Openings,
@@ -236,3 +236,10 @@ def test_a_forged_visible_token_fails_the_audit() -> None:
     forged = replace(disclosed, leaves=replace(disclosed.leaves, token_ids=(9, 8, 7, 5)))
     report = audit(forge(example()[0], forged), trusted_keys=[KEY.public_key()], reference=None)
     assert report.verdict == "fail"
+
+
+def test_an_empty_stop_string_is_refused_in_partial_openings_too() -> None:
+    receipt, opened = example()
+    data = forge(receipt, replace(partial.withhold(opened, receipt.request_id, ()), stop=("x", "")))
+    with pytest.raises(Malformed, match="partial openings"):
+        parse(data)

@@ -222,6 +222,12 @@ def test_another_prompt_stop_string_or_salt_in_the_openings_is_refused(change: d
         check(forge(receipt, dataclasses.replace(opened, **change)))
 
 
+def test_an_empty_stop_string_is_refused_before_a_matcher_meets_it() -> None:
+    """It would end every answer at its first token; the tokens level once ended with a ValueError."""
+    with pytest.raises(Malformed, match="openings"):
+        check(forge(*example_receipt(stop=["x", ""])))
+
+
 def test_openings_of_another_request_are_refused() -> None:
     receipt, _ = example_receipt(request_id="mine")
     _, others = example_receipt(request_id="theirs", output=(4, 5, 6, 8))
