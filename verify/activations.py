@@ -174,7 +174,7 @@ def judge(distances: Sequence[float], tolerance: Tolerance, *, complete: bool) -
     """The verdict over the distances at the positions drawn, at least one; ``complete``: they are all there are.
 
     A failure is one however few there are. To pass takes enough to find, nine times in ten, a provider that is
-    dishonest at a quarter of the positions, or all positions.
+    dishonest at a quarter of the positions, or all positions and none of them too far away.
     """
     size, level = len(distances), FALSE_POSITIVES / 2
     exceeding = sum(not each <= tolerance.distance for each in distances)
@@ -192,7 +192,7 @@ def judge(distances: Sequence[float], tolerance: Tolerance, *, complete: bool) -
     )
     failures = tuple(message for refused, message in found if refused)
     needed = tokens_needed(tolerance.rate, level, 0.25, 0.9)
-    enough = complete or size >= needed
+    enough = size >= needed or (complete and not exceeding)
     figures = {
         "sample_size": float(size),
         "positions_needed": float(needed),

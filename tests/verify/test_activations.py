@@ -268,6 +268,14 @@ def test_where_some_may_be_large_it_takes_too_many_of_them() -> None:
     assert "mean distance" in judge([0.049] * 2000, OTHER["bf16"], complete=False).failures[0]
 
 
+def test_all_there_are_of_a_short_answer_pass_only_where_none_is_too_far_away() -> None:
+    tolerance = OTHER["bf16"]
+    assert judge([0.01], tolerance, complete=True).outcome == "pass"
+    # Where one in a hundred may be too far away, one of one does not refute; nor does it say anything for it.
+    assert judge([9.0], tolerance, complete=True).outcome == "inconclusive"
+    assert judge([0.01, 9.0], tolerance, complete=True).outcome == "inconclusive"
+
+
 def test_the_distance_is_the_one_of_the_definition() -> None:
     h, other = torch.randn(64, generator=torch.Generator().manual_seed(1)), torch.randn(64)
     q = projection(SEED, 64, SIZE)
