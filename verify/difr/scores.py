@@ -162,9 +162,10 @@ def _kept(logits: Reals, sampling: Sampling, before: NDArray[np.bool_], shift: f
     survivors = logits
     if top_k < len(logits):
         survivors = np.partition(logits, len(logits) - top_k)[len(logits) - top_k :]
-    weights = np.exp((survivors - survivors.max()) / sampling.temperature)
-    ahead = np.exp((logits[before] - survivors.max() + shift) / sampling.temperature).sum()
-    behind = max(weights.sum() - np.exp((logits[before] - survivors.max()) / sampling.temperature).sum(), 0.0)
+    with np.errstate(over="ignore"):  # the temperature is whatever was asked for: at a tiny one nothing else weighs
+        weights = np.exp((survivors - survivors.max()) / sampling.temperature)
+        ahead = np.exp((logits[before] - survivors.max() + shift) / sampling.temperature).sum()
+        behind = max(weights.sum() - np.exp((logits[before] - survivors.max()) / sampling.temperature).sum(), 0.0)
     return bool(ahead < sampling.top_p * (ahead + behind))
 
 

@@ -103,6 +103,18 @@ def test_without_slack_what_is_possible_or_certain_is_what_is_kept() -> None:
         assert {token for token in range(30) if certain(exact, token, rule, 1e-12)} == left
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-30, 1e6])
+@pytest.mark.parametrize("top_p", [5e-324, 0.5, 1 - 1e-16])
+def test_whatever_the_temperature_a_score_is_a_number_and_nothing_overflows(
+    temperature: float, top_p: float
+) -> None:
+    row, rule = torch.tensor([3.0, 2.95, 2.0, -60.0, 40.0]), Sampling(temperature, 4, top_p, 1)
+    choice = sample(row, 3, rule)
+    for token in range(5):
+        for slack in (0.0, 0.05):
+            assert score_of(row, 3, token, choice, rule, slack).score >= 0
+
+
 def test_a_token_just_out_of_support_is_forgiven_by_slack_and_scored(reference: Reference) -> None:
     wide, narrow = Asked(temperature=1.5, top_k=12, top_p=1.0), Sampling(1.5, 10, 1.0, 42)
     output = generate(reference, PROMPT, wide, 200)
