@@ -21,7 +21,7 @@ from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Audit, Ledger
 from countersign.services.protocol.commit import Entry
 from countersign.services.protocol.subjects import commit_subject
-from countersign.services.runtime.errors import DataLoss
+from countersign.services.runtime.errors import CountersignError, DataLoss
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
 from countersign.verify.audit import AuditReport, Level
@@ -91,14 +91,13 @@ class Docket:
 
         Raises:
             Unavailable, DeadlineExceeded: token log or ledger do not answer; the audit waits on.
+            FailedPrecondition: reason KEY_FILE_UNUSABLE; the audit waits on.
         """
         drawn = await asyncio.to_thread(self._due)
         if drawn is None:
             return False
         records = await self._read(commit_subject(drawn.request_id))
-        beacon = beacon_of(drawn.checkpoint, self._keys.log_key)
-        case = await asyncio.to_thread(case_of, drawn.receipt, drawn.request_id, records, beacon)
-        findings = None if isinstance(case, NotYet) else await self._audited(drawn, case)
+        findings = await self._findings(drawn, records)
         if findings is None:
             due = self._wall_ms() + wait_ms(drawn.audit.attempts)
             await asyncio.to_thread(self._ledger.postpone, drawn.audit.index, due)
@@ -106,31 +105,37 @@ class Docket:
             await asyncio.to_thread(self._decide, drawn, findings)
         return True
 
-    async def _audited(self, drawn: _Drawn, case: Disclosed | Missed) -> list[Finding] | None:
-        """As ``_findings``, in the trace of the request."""
-        told: dict[str, str | int] = {names.REQUEST_ID: drawn.request_id, names.VERDICT_INDEX: drawn.audit.index}
-        with tracing.step(self._tracer, "audit", _trace_of(drawn.receipt), told) as span:
-            findings = await self._findings(drawn, case)
-            if findings is not None:
-                outcome = worst(findings)
-                span.set_attributes({names.RECEIPT: drawn.audit.digest.hex(), names.VERDICT: outcome})
-                if outcome == "fail":
-                    span.set_attribute(names.KEEP, True)
-        return findings
-
-    async def _findings(self, drawn: _Drawn, case: Disclosed | Missed) -> list[Finding] | None:
-        """What the levels say; None where the audit itself failed and is to be tried again."""
+    async def _findings(self, drawn: _Drawn, records: Sequence[Entry]) -> list[Finding] | None:
+        """What the levels say; None where it is too early, or the audit itself failed and is to be tried again."""
         try:
-            if isinstance(case, Disclosed):
-                return _findings_of(await self._examine(case))
-            form = _findings_of(await self._examine(Disclosed(drawn.receipt), _FORM))
-            return [*form, Finding("count", "inconclusive", case.why)]
+            beacon = beacon_of(drawn.checkpoint, self._keys.log_key)
+            case = await asyncio.to_thread(case_of, drawn.receipt, drawn.request_id, records, beacon)
+            return None if isinstance(case, NotYet) else await self._audited(drawn, case)
+        except CountersignError:
+            raise  # nothing of this audit: it waits until that is mended
         except Exception as error:  # noqa: BLE001  a bug in one audit must neither stop the others nor hide
             self._failures[drawn.audit.index] += 1
             _log.exception("an audit failed", extra={"index": drawn.audit.index})
             if self._failures[drawn.audit.index] < MOST_FAILURES:
                 return None
             return [Finding("form", "inconclusive", f"the audit could not be made: {error}")]
+
+    async def _audited(self, drawn: _Drawn, case: Disclosed | Missed) -> list[Finding]:
+        """The audit itself, in the trace of the request."""
+        told: dict[str, str | int] = {names.REQUEST_ID: drawn.request_id, names.VERDICT_INDEX: drawn.audit.index}
+        with tracing.step(self._tracer, "audit", _trace_of(drawn.receipt), told) as span:
+            findings = await self._levels(drawn, case)
+            outcome = worst(findings)
+            span.set_attributes({names.RECEIPT: drawn.audit.digest.hex(), names.VERDICT: outcome})
+            if outcome == "fail":
+                span.set_attribute(names.KEEP, True)
+        return findings
+
+    async def _levels(self, drawn: _Drawn, case: Disclosed | Missed) -> list[Finding]:
+        if isinstance(case, Disclosed):
+            return _findings_of(await self._examine(case))
+        form = _findings_of(await self._examine(Disclosed(drawn.receipt), _FORM))
+        return [*form, Finding("count", "inconclusive", case.why)]
 
     def _due(self) -> _Drawn | None:
         audit = self._ledger.next_audit(self._wall_ms())
@@ -153,6 +158,7 @@ class Docket:
             audited_unix_ms=self._wall_ms(),
         )
         self._ledger.decided(audit.index, outcome, verdict.sign(self._keys.verdicts))
+        self._failures.pop(audit.index, None)
         tell = _log.error if outcome == "fail" else _log.info
         tell("audited request=%s outcome=%s: %s", drawn.request_id, outcome, findings[-1].summary)
 

@@ -18,6 +18,9 @@ from countersign.verify.log.checkpoint import MAX_NOTE_BYTES, Checkpoint
 from countersign.verify.log.proofs import TileTree
 from countersign.verify.log.tiles import Tile
 
+MAX_TILE_BYTES = 64 * 1024
+"""8 KiB of hashes, or what a server says in their place."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -40,8 +43,10 @@ class Follower:
     def _judge(self) -> str:
         """What is wrong with the log, empty if nothing is."""
         reply = ask(f"{self._peer.url}/checkpoint", most=MAX_NOTE_BYTES)
+        if reply.status == 404 and self._witness.seen(self._peer.key.name) is None:
+            return ""  # it has not begun
         if reply.status != 200:
-            return "" if reply.status == 404 else f"its checkpoint is answered with status {reply.status}"
+            return f"its checkpoint is answered with status {reply.status}"
         checkpoint = self._witness.read(reply.body)
         last_note, last = self._ledger.last_seen(checkpoint.origin), self._witness.seen(checkpoint.origin)
         old = 0 if last is None else last.size
@@ -68,7 +73,7 @@ class Follower:
         return self._witness.accuse(earlier, later, steps)
 
     def _tile(self, tile: Tile) -> bytes | None:
-        reply = ask(f"{self._peer.url}/{quote(tile.path)}")
+        reply = ask(f"{self._peer.url}/{quote(tile.path)}", most=MAX_TILE_BYTES)
         if reply.status == 404:
             return None
         if reply.status != 200:

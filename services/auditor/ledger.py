@@ -7,8 +7,9 @@
     last_seen       of each log that is witnessed, the largest checkpoint that was found consistent
     conflicts       evidence: two checkpoints of one log that do not fit
 
-The log folder is the truth about what was logged and signed; these tables say where to find it and what is left to do,
-and what they lack is filled in from the folder (``intake``, ``notary``). Every method is one transaction.
+The log folder is the truth about what was logged and signed; the first tables say where to find it and what is left to
+do, and what they lack is filled in from the folder (``intake``, ``notary``). Verdicts, what was seen of other logs, and
+evidence are here alone. Every method is one transaction.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, RowMapping, create_engine, event, func, insert, select, update
+from sqlalchemy import Connection, Engine, Insert, RowMapping, create_engine, event, func, insert, select, update
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
@@ -41,6 +42,9 @@ SCHEMA = 1
 """Version of the tables. A ledger of an older version is brought up to it where it is opened, a newer one refused."""
 
 PAGE = 1000
+MOST_EVIDENCE = 32
+"""Pieces kept against one log. One convicts it, and whoever has its key could sign conflicts until our disk is full."""
+
 _BUSY_MS = 10_000
 
 
@@ -145,7 +149,7 @@ class Ledger:
             raise DataLoss(
                 f"the ledger has entries {rows[0]['index']} to {rows[-1]['index']} already, and others than the log's",
                 reason="LEDGER_MISMATCH",
-                help="log folder and ledger are not of each other: restore both from one copy, or name a fresh ledger",
+                help="log folder and ledger are not of each other: restore both from one copy",
             ) from error
 
     def find(self, digest: bytes) -> Logged | None:
@@ -274,24 +278,22 @@ class Ledger:
 
     def saw(self, origin: str, before: bytes | None, note: bytes) -> bool:
         """Puts ``note`` in the place of ``before`` (None: nothing); False where something else stands there by now."""
+        if before is None:
+            return self._new(insert(LAST_SEEN).values(origin=origin, note=note))
+        mine = LAST_SEEN.c.origin == origin, LAST_SEEN.c.note == before
         with self._transaction() as db:
-            if before is None:
-                known = db.execute(select(LAST_SEEN.c.note).where(LAST_SEEN.c.origin == origin)).one_or_none()
-                if known is None:
-                    db.execute(insert(LAST_SEEN).values(origin=origin, note=note))
-                return known is None
-            mine = LAST_SEEN.c.origin == origin, LAST_SEEN.c.note == before
             return db.execute(update(LAST_SEEN).where(*mine).values(note=note)).rowcount == 1
 
     def keep(self, conflict: Equivocation, origin: str, evidence: bytes, now_ms: int) -> bool:
-        """Evidence against a log, once; whether it is new. ``evidence``: the signed statement of ``conflict``."""
+        """Evidence against a log, once, and not without end (``MOST_EVIDENCE``); whether it is new.
+
+        ``evidence``: the signed statement of ``conflict``.
+        """
+        if len(self.conflicts(origin)) >= MOST_EVIDENCE:
+            return False
         sha256 = conflict.digest()
-        with self._transaction() as db:
-            if db.execute(select(CONFLICTS.c.sha256).where(CONFLICTS.c.sha256 == sha256)).one_or_none() is not None:
-                return False
-            row = {"sha256": sha256, "origin": origin, "evidence": evidence, "at_unix_ms": now_ms, "published": False}
-            db.execute(insert(CONFLICTS).values(row))
-            return True
+        row = {"sha256": sha256, "origin": origin, "evidence": evidence, "at_unix_ms": now_ms, "published": False}
+        return self._new(insert(CONFLICTS).values(row))
 
     def conflicts(self, origin: str | None = None) -> list[bytes]:
         """The evidence that was kept, oldest first: at most 1000."""
@@ -324,8 +326,17 @@ class Ledger:
             raise FailedPrecondition(
                 f"the ledger has tables of version {version}, this release knows {SCHEMA}",
                 reason="LEDGER_UNUSABLE",
-                help="run the release that wrote it, or name a fresh ledger: it is filled in from the log folder",
+                help="run the release that wrote it: verdicts and what was seen of other logs are in there alone",
             )
+
+    def _new(self, row: Insert) -> bool:
+        """Puts a row in; False where one of its key is there, whichever thread was first."""
+        try:
+            with self._transaction() as db:
+                db.execute(row)
+        except IntegrityError:
+            return False
+        return True
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Connection]:

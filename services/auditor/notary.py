@@ -60,7 +60,7 @@ class Notary:
         begin, size = 0 if last is None else last[0], self._log.size
         if size == begin:
             return None
-        checkpoint = Checkpoint(self._keys.origin, size, self._log.root(size), (f"{SHARE_LINE}{self._share!r}",))
+        checkpoint = stated(self._keys.origin, size, self._log.root(size), self._share)
         note = notes.sign(checkpoint, self._keys.log)
         with self._publishing:
             self._log.publish(note)
@@ -70,9 +70,9 @@ class Notary:
     def cosigned(self, size: int, note: bytes) -> None:
         """The checkpoint over ``size`` entries with more signatures; in the folder too while it is the newest."""
         with self._publishing:
-            last = self._ledger.last_checkpoint()
             self._ledger.cosigned(size, note)
-            if last is not None and last[0] == size:
+            newest = self._log.published()  # not the ledger's, which a failure may have left behind
+            if newest is not None and notes.parse_note(newest).checkpoint.size == size:
                 self._log.publish(note)
 
     def _enter(self, checkpoint: Checkpoint, note: bytes, begin: int) -> None:
@@ -91,6 +91,11 @@ class Notary:
             reason="CHECKPOINT_MISMATCH",
             help="restore log folder, keys and ledger from one copy; or begin a new log in a fresh data folder",
         )
+
+
+def stated(origin: str, size: int, root: bytes, share: float) -> Checkpoint:
+    """The checkpoint with the share of receipts to be audited."""
+    return Checkpoint(origin, size, root, (f"{SHARE_LINE}{share!r}",))
 
 
 def drawn(entries: Iterable[Logged], beacon: bytes, share: float) -> list[Logged]:

@@ -14,6 +14,7 @@ from countersign.v1.auditor_pb2 import (
 )
 from countersign.verify import cose_receipt
 from countersign.verify.log.store import TileLog
+from countersign.verify.log.tiles import MAX_LEAVES
 
 
 class Proofs:
@@ -28,8 +29,11 @@ class Proofs:
         """Size and note of the newest checkpoint, or of the first that covers an entry.
 
         Raises:
+            InvalidArgument: reason NO_SUCH_SIZE: no log has such an entry.
             FailedPrecondition: reason NO_CHECKPOINT: there is none, yet.
         """
+        if covers is not None and covers >= MAX_LEAVES:
+            raise InvalidArgument(f"no log has an entry {covers}", reason="NO_SUCH_SIZE")
         found = self._ledger.last_checkpoint() if covers is None else self._ledger.checkpoint_over(covers)
         if found is None:
             what = "the log" if covers is None else f"entry {covers}"

@@ -25,7 +25,7 @@ from countersign.services.auditor.following import Follower
 from countersign.services.auditor.intake import Intake
 from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Ledger
-from countersign.services.auditor.notary import Notary
+from countersign.services.auditor.notary import Notary, stated
 from countersign.services.auditor.outbox import Outbox
 from countersign.services.auditor.peers import NOBODY, Others
 from countersign.services.auditor.proofs import Proofs
@@ -65,8 +65,11 @@ from countersign.v1.auditor_pb2 import (
     ListVerdictsResponse,
 )
 from countersign.v1.registry_pb2 import Instance
-from countersign.verify.errors import KeyFileError, LogFolderError
+from countersign.verify.errors import KeyFileError, LogFolderError, Malformed
+from countersign.verify.log.checkpoint import NoteKey
 from countersign.verify.log.store import TileLog
+from countersign.verify.merkle import EMPTY_ROOT
+from countersign.verify.verdict import share_of
 
 BATCH = 512
 LOOK_S = 0.5
@@ -75,6 +78,14 @@ NO_KEY_S = 5.0
 QUIET_S = 1.0
 
 T = TypeVar("T")
+
+
+def _check_stated(keys: Keys, share: float) -> None:
+    """Before the first checkpoint, which cannot be taken back. Raises FailedPrecondition (reason CONFIG_INVALID)."""
+    wanted = "auditor.origin is one word of at most 255 bytes without a plus, auditor.share 0 or not below 1e-99"
+    with translated(Malformed, FailedPrecondition, reason="CONFIG_INVALID", help=wanted):
+        share_of(stated(keys.origin, 0, EMPTY_ROOT, share))
+        NoteKey.parse(keys.log_key.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +109,7 @@ class Books:
             translated(LogFolderError, FailedPrecondition, reason="LOG_FOLDER_UNUSABLE"),
         ):
             keys = Keys.load(config.data_dir / "keys", config.auditor.origin)
+            _check_stated(keys, config.auditor.share)
             log = TileLog.open(folder / "log")
         try:
             ledger = Ledger.open(config.auditor.ledger or f"sqlite:///{folder / 'ledger.db'}")
@@ -146,10 +158,10 @@ class AuditorService:
         self._work: list[Callable[[], Awaitable[None]]] = []
         self._drawn, self._signed, self._uncosigned = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    def works(self, consumer: Consumer, docket: Docket, outbox: Outbox) -> None:
-        """Gives it the stream of receipts to work on; before ``run``."""
+    def works(self, receipts: Callable[[], Awaitable[Consumer]], docket: Docket, outbox: Outbox) -> None:
+        """Gives it its place in the stream of receipts to work on; before ``run``."""
         self._work = [
-            lambda: self._take_receipts(consumer),
+            lambda: self._take_receipts(receipts),
             lambda: self._audit_drawn(docket),
             lambda: self._publish(outbox),
             self._gather_cosignatures,
@@ -158,7 +170,7 @@ class AuditorService:
 
     async def run(self) -> None:
         """Work for ever. Raises DataLoss where log, ledger and keys are not of each other."""
-        await asyncio.to_thread(self._catch_up)
+        await self._asked(self._catch_up)
         try:
             async with asyncio.TaskGroup() as group:
                 for work in self._work:
@@ -223,17 +235,25 @@ class AuditorService:
 
     async def _asked(self, answer: Callable[..., T], *arguments: object) -> T:
         with translated(LogFolderError, DataLoss, reason="LOG_FOLDER_UNUSABLE"):
-            return await asyncio.to_thread(answer, *arguments)
+            return await _in_thread(answer, *arguments)
 
     def _catch_up(self) -> None:
-        """What a crash left between log and ledger."""
-        with translated(LogFolderError, DataLoss, reason="LOG_FOLDER_UNUSABLE"):
-            entered = self._intake.catch_up()
-            self._notary.catch_up()
+        """What a crash, or a ledger that did not answer, left between log and ledger."""
+        entered = self._intake.catch_up()
+        self._notary.catch_up()
         if entered:
             self._logger.info("entered what the log had and the ledger lacked", extra={"entries": entered})
 
-    async def _take_receipts(self, consumer: Consumer) -> None:
+    async def _take_receipts(self, receipts: Callable[[], Awaitable[Consumer]]) -> None:
+        """Begins anew after each failure: does what it left half done, and finds its place in the stream again."""
+        await self._asked(self._catch_up)
+        consumer = await receipts()
+        try:
+            await self._take_from(consumer)
+        finally:
+            await consumer.close()
+
+    async def _take_from(self, consumer: Consumer) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time()
         while True:
@@ -253,8 +273,9 @@ class AuditorService:
     async def _audit_drawn(self, docket: Docket) -> None:
         while True:
             self._drawn.clear()
-            while await docket.next():
-                self._signed.set()
+            with translated(LogFolderError, DataLoss, reason="LOG_FOLDER_UNUSABLE"):
+                while await docket.next():
+                    self._signed.set()
             await _within(QUIET_S, self._drawn)
 
     async def _publish(self, outbox: Outbox) -> None:
@@ -286,6 +307,16 @@ class AuditorService:
             await asyncio.sleep(RETRY_S)
 
 
+async def _in_thread(answer: Callable[..., T], *arguments: object) -> T:
+    """Ends with the thread, also when it is cancelled: log and ledger are closed next, and nobody may be at them."""
+    work = asyncio.ensure_future(asyncio.to_thread(answer, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
+
+
 async def _within(seconds: float, event: asyncio.Event) -> None:
     """Until the event, and no longer than that."""
     with contextlib.suppress(TimeoutError):
@@ -303,12 +334,12 @@ async def create(context: Context) -> AuditorService:
     service = AuditorService(books, examiner, site, config.auditor, context.log, others, context.instance)
     try:
         await site.open(config.auditor.http_listen)
-        consumer = await Consumer.open(context.bus, RECEIPTS, f"auditor-{books.keys.log_name}")
     except CountersignError:
         await service.close()
         raise
     journal, ledger, keys = context.journal, books.ledger, books.keys
     docket = Docket(books.log, ledger, keys, journal.read, examiner.audit, wall_ms)
-    service.works(consumer, docket, Outbox(journal, ledger, keys))
+    receipts = partial(Consumer.open, context.bus, RECEIPTS, f"auditor-{keys.log_name}")
+    service.works(receipts, docket, Outbox(journal, ledger, keys))
     context.log.info("the log is served", extra={"url": site.url, "origin": keys.origin, "size": books.log.size})
     return service

@@ -26,6 +26,7 @@ CHECKPOINTS = Table(
     Column("size", BigInteger, primary_key=True, autoincrement=False),
     Column("note", LargeBinary, nullable=False),
     Column("published", Boolean, nullable=False),
+    Index("checkpoints_outbox", "published", "size"),
 )
 AUDITS = Table(
     "audits",

@@ -89,7 +89,7 @@ class Witness:
         Raises:
             VerificationError: as ``read``.
         """
-        checkpoint = self.read(note)
+        checkpoint, note = self.read(note), self._bare(note)
         last_note = self._ledger.last_seen(checkpoint.origin)
         last = Checkpoint(checkpoint.origin, 0, merkle.EMPTY_ROOT)
         if last_note is not None:
@@ -115,7 +115,8 @@ class Witness:
         first, second = self.read(earlier), self.read(later)
         what = conflict_of(first, second, steps) if first.origin == second.origin else None
         if what is not None:
-            self._conflict(Equivocation(earlier, later, tuple(steps)), first.origin, what)
+            bare = self._bare(earlier), self._bare(later)
+            self._conflict(Equivocation(*bare, tuple(steps)), first.origin, what)
         return what
 
     def _unproven(
@@ -135,11 +136,16 @@ class Witness:
         return Conflict(what)
 
     def _cosignature(self, note: bytes) -> str:
-        parsed, own = notes.parse_note(note), self._keys.witness_key
-        log = self._logs[parsed.checkpoint.origin]
-        bare = notes.Note(parsed.text, parsed.checkpoint, _lines_of(parsed, log)).encode()
-        signed = notes.cosign(bare, self._keys.witness, own.name, time=self._wall_ms() // 1000)
+        own = self._keys.witness_key
+        signed = notes.cosign(note, self._keys.witness, own.name, time=self._wall_ms() // 1000)
         return notes.parse_note(signed).signatures[-1].line()
+
+    def _bare(self, note: bytes) -> bytes:
+        """A note that was read, with the log's own signature alone: who else signed it may be anybody's 64 KiB."""
+        parsed = notes.parse_note(note)
+        return notes.Note(
+            parsed.text, parsed.checkpoint, _lines_of(parsed, self._logs[parsed.checkpoint.origin])
+        ).encode()
 
 
 def merged(note: bytes, line: str, witness: NoteKey) -> bytes:

@@ -48,7 +48,6 @@ from countersign.v1.commit_pb2 import Assigned, Cancelled, Closed, CommitRecord,
 from countersign.v1.sampling_pb2 import (
     FINISH_REASON_CANCELLED,
     FINISH_REASON_UNSPECIFIED,
-    FinishReason,
     Usage,
 )
 
@@ -233,7 +232,7 @@ class LogState:
         if (closed.reason == FINISH_REASON_CANCELLED) != (self.cancelled is not None):
             raise WrongReason(
                 "Closed as cancelled goes with a Cancelled record",
-                reason=FinishReason.Name(closed.reason),
+                reason=closed.reason,  # a number, known or not
                 cancelled=self.cancelled is not None,
             )
         if closed.usage != self.usage():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -67,6 +68,11 @@ class Consumer:
             raise Unavailable(
                 f"JetStream cannot be asked for {stream}: {error}", reason="JETSTREAM_UNAVAILABLE"
             ) from None
+
+    async def close(self) -> None:
+        """What was handed out and not acknowledged comes again, to whoever has the place then."""
+        with contextlib.suppress(NatsError):  # the connection is gone, and with it the subscription
+            await self._subscription.unsubscribe()
 
     async def fetch(self, most: int, wait_s: float) -> list[Delivery]:
         """What there is, at most ``most`` of it; after ``wait_s`` seconds what has come until then.

@@ -122,6 +122,7 @@ REFUSED = [
         Closed(reason=FINISH_REASON_CANCELLED, usage=BILL),
         errors.WrongReason,
     ),
+    ("a reason that nobody knows", STOPPED, Closed(reason=99, usage=BILL), errors.WrongReason),  # type: ignore[arg-type]
     ("a cancellation hidden", STOPPED, Closed(reason=FINISH_REASON_STOP, usage=BILL), errors.WrongReason),
 ]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from postgres import postgres
 from sqlalchemy import create_engine, text
 
-from countersign.services.auditor.ledger import PAGE, Ledger, Logged
+from countersign.services.auditor.ledger import MOST_EVIDENCE, PAGE, Ledger, Logged
 from countersign.services.runtime.errors import DataLoss, FailedPrecondition, Unavailable
 from countersign.verify.equivocation import Equivocation
 from countersign.verify.log.checkpoint import Checkpoint, sign
@@ -153,6 +153,39 @@ def test_of_two_that_saw_the_same_checkpoint_one_goes_on(ledger: Ledger) -> None
         thread.join()
     assert sorted(results) == [False, True]
     assert ledger.last_seen("log.example") in (b"a", b"b")
+
+
+def at_once(action: Callable[[], bool]) -> list[bool]:
+    """What it gives in four threads."""
+    results: list[bool] = []
+    begin = threading.Barrier(4)
+
+    def run() -> None:
+        begin.wait()
+        results.append(action())
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sorted(results)
+
+
+def test_of_threads_that_see_a_log_or_its_lie_first_one_is_first_and_none_breaks(ledger: Ledger) -> None:
+    for size in range(1, 9):
+        conflict = Equivocation(note(size), note(size, root=b"q" * 32))
+        once = [False, False, False, True]
+        assert at_once(lambda conflict=conflict: ledger.keep(conflict, "log.example", b"signed", 1)) == once  # type: ignore[misc]
+        assert at_once(lambda size=size: ledger.saw(f"log.example/{size}", None, b"first")) == once  # type: ignore[misc]
+
+
+def test_a_log_cannot_fill_the_ledger_with_evidence_against_itself(ledger: Ledger) -> None:
+    for size in range(1, MOST_EVIDENCE + 5):
+        ledger.keep(Equivocation(note(size), note(size, root=b"q" * 32)), "log.example", b"%d" % size, size)
+    assert ledger.conflicts("log.example")[0] == b"1"
+    assert ledger.counts().conflicts == MOST_EVIDENCE
+    assert ledger.keep(Equivocation(note(1), note(1, root=b"p" * 32)), "other.example", b"other", 1)
 
 
 def test_evidence_is_kept_once(ledger: Ledger) -> None:

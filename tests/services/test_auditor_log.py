@@ -19,13 +19,14 @@ from countersign.services.auditor.intake import Intake
 from countersign.services.auditor.notary import Notary
 from countersign.services.auditor.service import AuditorService, Books
 from countersign.services.auditor.web import LogSite
-from countersign.services.protocol.commit import LogState
+from countersign.services.protocol.commit import LogState, encode
 from countersign.services.protocol.subjects import request_of
 from countersign.services.runtime.call import M
 from countersign.services.runtime.config import AuditorConfig, Config
 from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound
 from countersign.services.runtime.rpc import Channel, RpcServer
 from countersign.v1 import auditor_pb2 as pb
+from countersign.v1.commit_pb2 import Cancelled, Closed
 from countersign.verify import cose_receipt, merkle, verdict
 from countersign.verify.difr import load_reference
 from countersign.verify.keys import write_public
@@ -163,6 +164,50 @@ async def test_what_cannot_be_audited_any_more_gets_a_verdict_that_says_so(
         assert why in verdict.verify(found.verdict, [auditor.books.keys.verdicts.public_key()]).findings[1].summary
 
 
+async def test_a_token_log_of_nonsense_stops_nobody(auditor: Auditor, answers: list[Done]) -> None:
+    nonsense, honest = answers[0], answers[1]
+    auditor.log(nonsense, honest)
+    log = LogState(nonsense.request_id)
+    records = list(nonsense.records[:-1])
+    for record in records:
+        log = log.apply(record.sequence, record.data)
+    for payload in (Cancelled(), Closed(reason=99, usage=log.usage())):  # type: ignore[arg-type]  # what a target may write
+        records.append(Entry(log.sequence + 1, encode(nonsense.request_id, log.digest, payload)))
+        if isinstance(payload, Cancelled):
+            log = log.apply(records[-1].sequence, records[-1].data)
+    auditor.logs[nonsense.request_id] = records
+    assert (await auditor.audit(nonsense))[0] == "inconclusive"
+    assert (await auditor.audit(honest))[1][0] == ("form", "pass")
+
+
+async def test_a_case_that_breaks_is_said_like_an_audit_that_does(
+    auditor: Auditor, answers: list[Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auditor.log(answers[0])
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("countersign.services.auditor.docket.case_of", broken)
+    for _ in range(5):
+        auditor.now += 10**6
+        assert await auditor.docket.next()
+    assert await auditor.audit(answers[0]) == ("inconclusive", [("form", "inconclusive")])
+
+
+async def test_without_a_key_to_check_with_audits_wait_for_it(auditor: Auditor, answers: list[Done]) -> None:
+    auditor.log(answers[0])
+    file = auditor.examiner._key_file
+    good = file.read_bytes()
+    file.write_bytes(b"rubbish")
+    for _ in range(9):
+        auditor.now += 10**6
+        with pytest.raises(FailedPrecondition):
+            await auditor.docket.next()
+    file.write_bytes(good)
+    assert (await auditor.audit(answers[0]))[1][0] == ("form", "pass")
+
+
 async def test_an_audit_that_breaks_is_tried_again_and_then_said(
     auditor: Auditor, answers: list[Done], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -246,6 +291,7 @@ async def test_how_far_an_audit_is_is_said_at_every_stage(auditor: Auditor, answ
         ("GetInclusion", pb.GetInclusionRequest(receipt_sha256=b"short"), pb.GetInclusionResponse, "NO_DIGEST"),
         ("GetVerdict", pb.GetVerdictRequest(), pb.GetVerdictResponse, "NO_DIGEST"),
         ("ListVerdicts", pb.ListVerdictsRequest(page_token="x"), pb.ListVerdictsResponse, "NO_PAGE"),
+        ("GetCheckpoint", pb.GetCheckpointRequest(covers=2**63), pb.GetCheckpointResponse, "NO_SUCH_SIZE"),
         ("GetConsistency", pb.GetConsistencyRequest(old_size=9), pb.GetConsistencyResponse, "NO_SUCH_SIZE"),
         ("GetConsistency", pb.GetConsistencyRequest(new_size=2**63), pb.GetConsistencyResponse, "NO_SUCH_SIZE"),
     ],

@@ -1,7 +1,7 @@
 """The auditor's pipeline under any order of deliveries, lost acknowledgements and crashes between any two writes.
 
 Log folder and ledger are real; a crash is an exception right before or after a write, after which all is opened anew
-from what is on the disk.
+from what is on the disk. A ledger may also fail and be there again: then the same objects catch up and go on.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Ledger
 from countersign.services.auditor.notary import Notary
 from countersign.services.protocol.subjects import request_of
+from countersign.services.runtime.errors import Unavailable
 from countersign.verify import sampling
 from countersign.verify.audit import AuditReport, Level, audit
 from countersign.verify.log import checkpoint as notes
@@ -46,9 +47,13 @@ class Crash(Exception):
 
 
 class Fragile:
-    """Passes calls on; the write number ``crash_in`` crashes, half of the time before it is done and half after."""
+    """Passes calls on; the write number ``crash_in`` crashes, half of the time before it is done and half after.
+
+    ``outage``: of the ledger's writes alone; that one fails, and the auditor lives.
+    """
 
     crash_in: int | None = None
+    outage = False
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -58,22 +63,19 @@ class Fragile:
             return getattr(self._inner, name)
 
         def write(*arguments: Any) -> Any:
-            before = self._strikes()
-            if before:
-                raise Crash
+            self._may_strike()
             result = getattr(self._inner, name)(*arguments)
-            if self._strikes():
-                raise Crash
+            self._may_strike()
             return result
 
         return write
 
-    @staticmethod
-    def _strikes() -> bool:
-        if Fragile.crash_in is None:
-            return False
+    def _may_strike(self) -> None:
+        if Fragile.crash_in is None or (Fragile.outage and not isinstance(self._inner, Ledger)):
+            return
         Fragile.crash_in -= 1
-        return Fragile.crash_in < 0
+        if Fragile.crash_in < 0:
+            raise Unavailable("the ledger does not answer") if Fragile.outage else Crash
 
 
 async def examine(case: Disclosed, levels: Collection[Level] = ()) -> AuditReport:
@@ -108,10 +110,14 @@ class Pipeline(RuleBasedStateMachine):
         self.attempt(self.intake.catch_up, self.notary.catch_up)
 
     def attempt(self, *steps: Callable[[], object]) -> bool:
-        """Whether they got through; if not, everything was opened anew."""
+        """Whether they got through; if not, it caught up, or everything was opened anew."""
         try:
             for step in steps:
                 step()
+        except Unavailable:
+            Fragile.crash_in = None
+            self.attempt(self.intake.catch_up, self.notary.catch_up)  # as the service does
+            return False
         except Crash:
             Fragile.crash_in = None
             self.close()
@@ -132,7 +138,11 @@ class Pipeline(RuleBasedStateMachine):
 
     @rule(crash_in=st.none() | st.integers(0, 12))
     def may_crash(self, crash_in: int | None) -> None:
-        Fragile.crash_in = crash_in
+        Fragile.crash_in, Fragile.outage = crash_in, False
+
+    @rule(fail_in=st.integers(0, 3))
+    def ledger_may_fail(self, fail_in: int) -> None:
+        Fragile.crash_in, Fragile.outage = fail_in, True
 
     @rule(places=st.lists(st.integers(0, len(STREAM) - 1), max_size=6), ack_lost=st.booleans())
     def deliver(self, places: list[int], ack_lost: bool) -> None:

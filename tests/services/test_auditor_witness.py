@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,19 @@ def test_a_rewritten_entry_is_kept_as_evidence(watch: Watch) -> None:
     assert isinstance(watch.observe(tree("x", 2, 3, 4, 5), 3), Conflict)
     (found,) = watch.evidence()
     assert "does not begin with" in found.verify([LOG_KEY])
+
+
+def test_of_a_note_only_the_logs_own_signature_is_remembered(watch: Watch) -> None:
+    """Others' may be 64 KiB of anything, in each piece of evidence."""
+    stuffed = note(tree(1, 2, 3))
+    for number in range(60):
+        stuffed = notes.cosign(stuffed, signing_key(9), f"w{number}" + "x" * 200, time=number)
+    watch.witness.observe(stuffed, 0, [])
+    assert watch.ledger.last_seen(ORIGIN) == note(tree(1, 2, 3))
+    other = notes.cosign(note(tree(1, 2, 4)), signing_key(9), "w" * 200, time=1)
+    watch.witness.observe(other, 3, [])
+    (found,) = watch.evidence()
+    assert (found.earlier, found.later) == (note(tree(1, 2, 3)), note(tree(1, 2, 4)))
 
 
 def test_a_made_up_proof_accuses_nobody(watch: Watch) -> None:
@@ -304,6 +318,36 @@ async def test_a_log_that_serves_another_history_is_found_out(
     else:
         assert kept == [], "a smaller tree proves nothing without the hashes of the larger one"
     await liar.close()
+
+
+async def test_a_peer_that_answers_a_byte_at_a_time_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("countersign.services.runtime.fetching.TIMEOUT_S", 0.5)
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            request = await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\n" if request.startswith(b"GET /head") else b"HTTP/1.1 200 OK\r\n\r\n")
+            while True:
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+
+    async with await asyncio.start_server(drip, "127.0.0.1", 0) as server, asyncio.timeout(30):
+        host, port = server.sockets[0].getsockname()
+        for path in ("head", "body"):
+            with pytest.raises(Unavailable):
+                await asyncio.to_thread(ask, f"http://{host}:{port}/{path}")
+
+
+async def test_a_followed_log_whose_checkpoint_is_gone_is_said(
+    pair: tuple[Auditor, Auditor, Follower], caplog: pytest.LogCaptureFixture
+) -> None:
+    log, _, follower = pair
+    log.grow(1)
+    await asyncio.to_thread(follower.look)
+    (log.log.folder / "checkpoint").unlink()
+    await asyncio.to_thread(follower.look)
+    assert "status 404" in caplog.text
 
 
 async def test_a_peer_that_sends_too_much_or_nothing_is_unavailable(pair: tuple[Auditor, Auditor, Follower]) -> None:

@@ -105,9 +105,7 @@ def test_without_slack_what_is_possible_or_certain_is_what_is_kept() -> None:
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-30, 1e6])
 @pytest.mark.parametrize("top_p", [5e-324, 0.5, 1 - 1e-16])
-def test_whatever_the_temperature_a_score_is_a_number_and_nothing_overflows(
-    temperature: float, top_p: float
-) -> None:
+def test_whatever_the_temperature_a_score_is_a_number_and_nothing_overflows(temperature: float, top_p: float) -> None:
     row, rule = torch.tensor([3.0, 2.95, 2.0, -60.0, 40.0]), Sampling(temperature, 4, top_p, 1)
     choice = sample(row, 3, rule)
     for token in range(5):
