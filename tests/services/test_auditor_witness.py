@@ -323,20 +323,27 @@ async def test_a_log_that_serves_another_history_is_found_out(
 async def test_a_peer_that_answers_a_byte_at_a_time_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("countersign.services.runtime.fetching.TIMEOUT_S", 0.5)
 
+    ended = asyncio.Semaphore(0)
+
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):
             request = await reader.readuntil(b"\r\n\r\n")
             writer.write(b"HTTP/1.1 200 OK\r\n" if request.startswith(b"GET /head") else b"HTTP/1.1 200 OK\r\n\r\n")
             while True:
                 writer.write(b"x")
                 await writer.drain()
                 await asyncio.sleep(0.05)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        ended.release()
 
     async with await asyncio.start_server(drip, "127.0.0.1", 0) as server, asyncio.timeout(30):
         host, port = server.sockets[0].getsockname()
         for path in ("head", "body"):
             with pytest.raises(Unavailable):
                 await asyncio.to_thread(ask, f"http://{host}:{port}/{path}")
+            await ended.acquire()
 
 
 async def test_a_followed_log_whose_checkpoint_is_gone_is_said(
