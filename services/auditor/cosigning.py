@@ -104,5 +104,5 @@ class Cosigners:
 
     def _tell(self, witness: Peer, what: str) -> None:
         if self._told.get(witness.key.name) != what:
-            _log.warning("a witness does not cosign name=%s: %s", witness.key.name, what)
+            _log.warning("a witness does not cosign", extra={"witness": witness.key.name, "error": what})
         self._told[witness.key.name] = what

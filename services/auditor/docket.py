@@ -24,6 +24,7 @@ from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.errors import CountersignError, DataLoss
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry.context import request_context
 from countersign.verify.audit import AuditReport, Level
 from countersign.verify.log.store import TileLog
 from countersign.verify.receipt import parse
@@ -96,6 +97,11 @@ class Docket:
         drawn = await asyncio.to_thread(self._due)
         if drawn is None:
             return False
+        with request_context(drawn.request_id):
+            await self._audit(drawn)
+        return True
+
+    async def _audit(self, drawn: _Drawn) -> None:
         records = await self._read(commit_subject(drawn.request_id))
         findings = await self._findings(drawn, records)
         if findings is None:
@@ -103,7 +109,6 @@ class Docket:
             await asyncio.to_thread(self._ledger.postpone, drawn.audit.index, due)
         else:
             await asyncio.to_thread(self._decide, drawn, findings)
-        return True
 
     async def _findings(self, drawn: _Drawn, records: Sequence[Entry]) -> list[Finding] | None:
         """What the levels say; None where it is too early, or the audit itself failed and is to be tried again."""
@@ -159,8 +164,8 @@ class Docket:
         )
         self._ledger.decided(audit.index, outcome, verdict.sign(self._keys.verdicts))
         self._failures.pop(audit.index, None)
-        tell = _log.error if outcome == "fail" else _log.info
-        tell("audited request=%s outcome=%s: %s", drawn.request_id, outcome, findings[-1].summary)
+        about = {"outcome": outcome, "summary": findings[-1].summary}
+        _log.log(logging.ERROR if outcome == "fail" else logging.INFO, "a receipt is audited", extra=about)
 
 
 def _trace_of(receipt: bytes) -> Context | None:

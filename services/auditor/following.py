@@ -82,7 +82,7 @@ class Follower:
 
     def _tell(self, what: str) -> None:
         if what and what != self._told:
-            _log.error("a followed log: origin=%s: %s", self._peer.key.name, what)
+            _log.error("a followed log is not as it should be", extra={"origin": self._peer.key.name, "error": what})
         elif not what and self._told:
-            _log.info("a followed log is well again origin=%s", self._peer.key.name)
+            _log.info("a followed log is well again", extra={"origin": self._peer.key.name})
         self._told = what

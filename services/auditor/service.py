@@ -303,7 +303,7 @@ class AuditorService:
             try:
                 await work()
             except (Unavailable, DeadlineExceeded, FailedPrecondition) as error:
-                self._logger.warning("waiting for what cannot be used error=%s", error)
+                self._logger.warning("waiting for what cannot be used", extra={"error": str(error)})
             await asyncio.sleep(RETRY_S)
 
 

@@ -132,7 +132,7 @@ class Witness:
     def _conflict(self, found: Equivocation, origin: str, what: str) -> Conflict:
         signed = statement.sign(found.to_cbor(), CONTENT_TYPE, self._keys.verdicts)
         if self._ledger.keep(found, origin, signed, self._wall_ms()):
-            _log.error("a log showed two histories origin=%s: %s", origin, what)
+            _log.error("a log showed two histories", extra={"origin": origin, "error": what})
         return Conflict(what)
 
     def _cosignature(self, note: bytes) -> str:

@@ -62,7 +62,7 @@ class DraftService:
         loop, before, began = asyncio.get_running_loop(), self._proposer.reused, time.monotonic()
         results = await loop.run_in_executor(self._thread, self._proposer.propose, asks)
         if self._proposer.reused > before:
-            self._log.info("KV of ended requests was taken tokens=%d", self._proposer.reused - before)
+            self._log.info("KV of ended requests was taken", extra={"tokens": self._proposer.reused - before})
         response = ProposeResponse()
         for ask, result in zip(asks, results, strict=True):
             if isinstance(result, int):

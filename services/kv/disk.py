@@ -156,7 +156,7 @@ class Disk:
         try:
             return work()
         except lmdb.Error as error:
-            _log.warning("the blocks on disk: %s", error)
+            _log.warning("the blocks on disk cannot be used now", extra={"error": str(error)})
             return otherwise
 
 

@@ -97,15 +97,15 @@ class Placer:
     async def _move(self, custody: Custody, log: LogState, now: int) -> None:
         refusal = await self._assign(Opener(log), past=log.instance)
         custody.moved(now, placed=refusal is None)
-        state = f"request={log.request_id} from={log.instance} epoch={log.epoch} tokens={len(log.tokens)}"
         span = trace.get_current_span()
         if span.is_recording():
             span.add_event("takeover", {names.INSTANCE: log.instance, names.EPOCH: log.epoch})
             span.set_attribute(names.KEEP, True)
+        about = {"request_id": log.request_id, "target": log.instance, "epoch": log.epoch, "tokens": len(log.tokens)}
         if refusal is None:
-            self._log.warning("a request was taken from its target %s", state)
+            self._log.warning("a request was taken from its target", extra=about)
         else:
-            self._log.warning("no target takes a request over, trying on %s error=%s", state, refusal.reason)
+            self._log.warning("no target takes a request over, trying on", extra=about | {"reason": refusal.reason})
 
     async def _close(self, log: LogState) -> None:
         opener = Opener(log)

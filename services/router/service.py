@@ -43,6 +43,7 @@ from countersign.services.runtime.service import Call, Context
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
 from countersign.services.runtime.telemetry.generation import GenerationSpan
+from countersign.services.runtime.telemetry.context import bind_request, request_context
 from countersign.v1 import router_pb2
 from countersign.v1.commit_pb2 import Closed, Opened
 from countersign.v1.registry_pb2 import Instance
@@ -113,10 +114,13 @@ class RouterService:
                 if entry is not None and not isinstance(decode(entry.data)[1], Closed):
                     left.append(request_of(subject))
         except (CountersignError, LogError) as error:
-            self._context.log.warning("the logs could not be looked through, trying again error=%s", error)
+            self._context.log.warning(
+                "the token logs cannot be looked through, trying again", extra={"error": str(error)}
+            )
             return False
         for request_id in left:
-            self._orphans.spawn(self._look_after(request_id))
+            with request_context(request_id):
+                self._orphans.spawn(self._look_after(request_id))
         return True
 
     async def close(self) -> None:
@@ -136,6 +140,7 @@ class RouterService:
             )
         self._active += 1
         request_id = request.request_id or uuid.uuid4().hex
+        bind_request(request_id)
         finished = False
         opened = False
         span = trace.get_current_span()  # of this call
@@ -293,14 +298,16 @@ class RouterService:
                 "target", "Refresh", request, RefreshResponse, timeout=CALL_TIMEOUT_S, instance=log.instance
             )
         except CountersignError as error:
-            self._context.log.warning("target was not told request=%s error=%s", log.request_id, error.reason)
+            about = {"request_id": log.request_id, "target": log.instance, "reason": error.reason}
+            self._context.log.warning("a target was not told that its request has moved on", extra=about)
 
     async def _look_after(self, request_id: str) -> None:
         """See a request to its end whose client will come back for it."""
         try:
             await self._follower.ended(request_id)
         except CountersignError as error:
-            self._context.log.warning("request is left to itself request=%s error=%s", request_id, error.reason)
+            about = {"request_id": request_id, "reason": error.reason}
+            self._context.log.warning("a request is left to itself", extra=about)
 
     async def _cancel_quietly(self, request_id: str, cause: str) -> None:
         """Nobody waits for the answer any more; the log says so, and the target stops."""
@@ -309,7 +316,8 @@ class RouterService:
             if isinstance(await settle(opener, opener.cancel(cause), self._journal), Settled) and opener.log.instance:
                 await self._refresh(opener.log)
         except (CountersignError, LogError) as error:
-            self._context.log.warning("request could not be cancelled request=%s error=%s", request_id, error)
+            about = {"request_id": request_id, "error": str(error)}
+            self._context.log.warning("a request could not be cancelled", extra=about)
 
     async def _closed(self, request_id: str, patience: float) -> FinishReason.ValueType:
         """Wait for the target to close the request."""

@@ -64,11 +64,11 @@ class Splitter:
         self._own[instance] += tokens
         try:
             reply = await self._computed(request_id, instance, patience)
-            self._log.debug("a prompt is computed request=%s by=%s %s", request_id, instance, reply)
+            about = {"request_id": request_id, "target": instance, "offered": reply.offered_blocks}
+            self._log.debug("a prompt is computed ahead", extra=about)
         except CountersignError as error:
-            self._log.warning(
-                "a prompt was not computed ahead request=%s by=%s error=%s", request_id, instance, error.reason
-            )
+            about = {"request_id": request_id, "target": instance, "reason": error.reason}
+            self._log.warning("a prompt was not computed ahead", extra=about)
             return error.reason != "NO_RESPONDERS"
         finally:
             self._own[instance] -= tokens

@@ -15,9 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from countersign.services.runtime.errors import Unimplemented
+from countersign.services.runtime.telemetry.lines import readable
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
-_TAIL_BYTES = 4096
+_TAIL_BYTES = 64 << 10
 
 
 class Child:
@@ -85,15 +86,18 @@ class Child:
         return await self.wait()
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines of what this run has written."""
+        """The last lines of what this run has written, for people."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._log_start, size - _TAIL_BYTES))
+            begin = file.seek(max(self._log_start, size - _TAIL_BYTES))
             text = file.read().decode(errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+        whole = text.splitlines()
+        if begin > self._log_start and len(whole) > 1:
+            del whole[0]  # its beginning is missing
+        return "\n".join(readable(line) for line in whole[-lines:])
 
     def last_words(self) -> str:
-        """The last line that says anything: of a Python traceback, the error."""
+        """The last line that says anything: of a Python traceback, the error; of a log record, what it says."""
         lines = [line.strip() for line in self.log_tail().splitlines()]
         return next((line for line in reversed(lines) if line), "(it wrote nothing)")
 

@@ -20,6 +20,7 @@ from countersign.services.runtime.errors import (
     Unavailable,
 )
 from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry.context import bind_request, request_of
 
 DEADLINE_HEADER = "Cs-Deadline"
 STATUS_HEADER = "Cs-Status"
@@ -101,6 +102,7 @@ class Dispatcher:
         if call.remaining() <= 0:
             raise DeadlineExceeded(f"{method.name} arrived after its deadline", reason="EXPIRED_ON_ARRIVAL")
         request = parse_request(method.request_type, msg.data)
+        bind_request(request_of(request))
         try:
             async with asyncio.timeout(call.remaining()) as scope, self._slots:
                 return method.encode(await method.function(request, call))

@@ -50,7 +50,10 @@ def main(name: str, create: Create, arguments: Sequence[str] | None = None) -> N
     except CountersignError as error:
         print(error, file=sys.stderr)
         sys.exit(MISCONFIGURED)
-    sys.exit(asyncio.run(_run(_Process(name, config, create))))
+    process = _Process(name, config, create)
+    telemetry = config.telemetry
+    logs.configure(name, instance=process.instance, level=telemetry.log_level, style=telemetry.log_format)
+    sys.exit(asyncio.run(_run(process)))
 
 
 def _parse(name: str, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -96,7 +99,8 @@ async def _run(process: _Process) -> int:
         process.log.info("stopped")
         return 0
     except CountersignError as error:
-        process.log.error("%s", error, extra={"reason": error.reason})  # noqa: TRY400  the message says it all
+        about = {"error": str(error), "reason": error.reason}
+        process.log.error("the service ends", extra=about)  # noqa: TRY400  the error says it all
         if isinstance(error, FailedPrecondition) and not process.address:
             return MISCONFIGURED
     except Exception:  # the process's last words
@@ -170,7 +174,7 @@ async def _open(process: _Process, context: Context, service: Service, undo: con
     await context.registry.announce(record, service.describe)
     undo.push_async_callback(context.registry.withdraw)
     await server.set_serving(True)
-    process.log.info("ready", extra={"address": process.address, "instance": process.instance})
+    process.log.info("ready", extra={"address": process.address})
 
 
 async def _stop_calls(server: RpcServer, bus: Bus) -> None:

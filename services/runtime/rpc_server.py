@@ -29,6 +29,7 @@ from countersign.services.runtime.errors import (
     ResourceExhausted,
 )
 from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry.context import bind_request, request_of
 
 MAX_MESSAGE_BYTES = 64 << 20
 # For a caller that names no deadline.
@@ -181,7 +182,9 @@ class _Guard:
         await self._run(context, body)
 
     def _parse(self, data: bytes) -> Message:
-        return parse_request(self.method.request_type, data)
+        request = parse_request(self.method.request_type, data)
+        bind_request(request_of(request))  # each call has a task of its own
+        return request
 
     async def _parse_each(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
         async for data in requests:

@@ -183,7 +183,7 @@ class SidecarService:
         except BrokenChain as error:
             watched.faults.append(watched.monitor.broken(error))
         except CountersignError as error:
-            self._log.warning("a log cannot be read request=%s error=%s", log.request_id, error.reason)
+            self._log.warning("a log cannot be read", extra={"request_id": log.request_id, "reason": error.reason})
 
     def _take(self, watched: Watched, sequence: int, data: bytes) -> None:
         before = watched.monitor.log.sequence
@@ -207,17 +207,12 @@ class SidecarService:
             self._violations.append(violation)
             self._violation_count += 1
             self._counter.add(1, {"countersign.property": fault.property})
-            self._log.error(
-                "the protocol is violated request=%s property=%s what=%s evidence=%s",
-                violation.request_id,
-                violation.property,
-                violation.what,
-                evidence,
-            )
+            about = {"request_id": violation.request_id, "property": violation.property, "evidence": evidence}
+            self._log.error("the protocol is violated", extra=about | {"what": violation.what})
             try:
                 await self._bus.publish(VIOLATIONS, violation.SerializeToString(), {})
             except CountersignError as error:
-                self._log.warning("a violation could not be published error=%s", error.reason)
+                self._log.warning("a violation could not be published", extra=about | {"reason": error.reason})
 
     async def _store(self, watched: Watched, kind: str) -> str:
         """The run's file, below ``folder``; empty when it could not be written."""
@@ -232,7 +227,7 @@ class SidecarService:
         try:
             await asyncio.to_thread(write)
         except OSError:
-            self._log.exception("a run could not be stored file=%s", file)
+            self._log.exception("a run could not be stored", extra={"file": str(file)})
             return ""
         return str(file)
 

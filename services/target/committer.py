@@ -62,7 +62,7 @@ class Committer:
                 await self._close(session)
         except (CountersignError, ProtocolError, VerificationError) as error:
             # The log is the truth and is left as it is: another epoch can go on from there.
-            self._log.exception("request is dropped request=%s", session.request_id)
+            self._log.exception("a request is dropped", extra={"request_id": session.request_id})
             session.trace.fails(type(error).__name__)
         finally:
             session.trace.ended(session.writer.log.closed)
@@ -98,7 +98,8 @@ class Committer:
             session.trace.committed(session.uncommitted.popleft(), asyncio.get_running_loop().time() - began)
             self._wake()
             if not isinstance(final, Settled):
-                self._log.info("request went elsewhere request=%s to=%r", session.request_id, final)
+                about = {"request_id": session.request_id, "outcome": repr(final)}
+                self._log.info("a request went elsewhere", extra=about)
                 return False
         return True
 
@@ -114,7 +115,7 @@ class Committer:
                 await self._settle(session, ReadTail(writer.log.sequence))
                 moved = True
             except (VerificationError, CountersignError) as error:
-                self._log.exception("no receipt could be made request=%s", session.request_id)
+                self._log.exception("no receipt could be made", extra={"request_id": session.request_id})
                 session.message = f"no receipt could be made: {error}"
                 if reason != FinishReason.FINISH_REASON_CANCELLED:
                     reason = FinishReason.FINISH_REASON_ERROR
@@ -181,5 +182,5 @@ class Committer:
             except (Unavailable, DeadlineExceeded, WrongSequence) as error:
                 if loop.time() > give_up:
                     raise
-                self._log.warning("the log does not answer, trying again error=%s", error.reason)
+                self._log.warning("the token log does not answer, trying again", extra={"reason": error.reason})
             await asyncio.sleep(RETRY_S)

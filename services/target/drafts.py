@@ -65,7 +65,7 @@ class Drafts:
         except CountersignError as error:
             self._backoff.failed()
             self._held.clear()
-            self._log.warning("draft does not answer, going on without error=%s", error.reason)
+            self._log.warning("the draft does not answer, going on without", extra={"reason": error.reason})
             return {}
         self._backoff.answered()
         return self._results(asks, response)
@@ -80,7 +80,8 @@ class Drafts:
                 "draft", "Forget", ForgetRequest(request_ids=[request_id]), ForgetResponse, timeout=TIMEOUT_S
             )
         except CountersignError as error:
-            self._log.debug("draft was not told of the end request=%s error=%s", request_id, error.reason)
+            about = {"request_id": request_id, "reason": error.reason}
+            self._log.debug("the draft was not told of the end", extra=about)
 
     def _ask(self, session: Session, wanted: int) -> DraftSequence:
         tokens = session.generation.tokens

@@ -150,7 +150,7 @@ class Dishonesty:
     log: logging.Logger
 
     def __post_init__(self) -> None:
-        self.log.warning("this target cheats on purpose fault=%s: %s", self.name, self.fault.about)
+        self.log.warning("this target cheats on purpose", extra={"fault": self.name, "about": self.fault.about})
 
     def padding(self, opened: Opened, committed: Sequence[int]) -> Padding | None:
         """What puts hidden tokens into a request's log that were not sampled; None where none are."""
@@ -164,7 +164,7 @@ class Dishonesty:
 
     def session(self, request_id: str, prompt_tokens: int, asked: Sampling) -> tuple[int, Sampling]:
         """How many first tokens of a request's prompt the model is not shown, and how its tokens are drawn."""
-        self.log.warning("this answer is dishonest on purpose request=%s fault=%s", request_id, self.name)
+        self.log.warning("this answer is dishonest on purpose", extra={"request_id": request_id, "fault": self.name})
         unseen = self.fault.unseen(prompt_tokens)
         return unseen, shifted(self.fault.sampling(asked), unseen)
 

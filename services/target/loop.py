@@ -225,7 +225,8 @@ class TargetLoop:
     async def _recover(self, error: RankLost) -> None:
         """All KV is lost and no token: every request is computed again, by new ranks. Not for ever."""
         self._losses += 1
-        self._log.error("the ranks are lost, computing anew: %s", error, extra={"requests": len(self._engine)})
+        about = {"requests": len(self._engine), "error": str(error)}
+        self._log.error("the ranks are lost, computing anew", extra=about)
         self._engine.requeue()
         await self._in_thread(self._engine.forget)
         if self._losses < MAX_LOSSES:
@@ -298,7 +299,8 @@ class TargetLoop:
                 job.trace.found(job.stored_blocks)
         except EngineError as error:
             # What was imported before stays right; the rest is computed.
-            self._log.warning("stored prefix does not fit request=%s error=%s", generation.id, error)
+            about = {"request_id": generation.id, "error": str(error)}
+            self._log.warning("the stored prefix does not fit", extra=about)
             if isinstance(job, PrefillJob):
                 job.end(Internal(f"the stored prefix does not fit: {error}", reason="BAD_PREFIX"))
         finally:
@@ -349,7 +351,8 @@ class TargetLoop:
                     blocks = await self._in_thread(_export, held, [first + place for place in few])
                     await put.whole(dict(zip(few, blocks, strict=True)))
         except EngineError as error:
-            self._log.warning("blocks are lost before they are stored request=%s error=%s", request_id, error)
+            about = {"request_id": request_id, "error": str(error)}
+            self._log.warning("blocks are lost before they are stored", extra=about)
         finally:
             await self._in_thread(held.close)
             self._wake.set()

@@ -112,7 +112,10 @@ class Prefixes:
                 self._background.spawn(self._give_back([found.pin]))
         except CountersignError as error:
             self._backoff.failed()
-            self._log.warning("kv store does not answer, prefilling instead error=%s", error.reason)
+            self._log.warning(
+                "the kv store does not answer, prefilling instead",
+                extra={"request_id": request_id, "reason": error.reason},
+            )
             return []
         self._backoff.answered()
         if self._wire is None:
@@ -142,7 +145,8 @@ class Prefixes:
             await put.end()
             if put.failure is not None:
                 self._backoff.failed()
-                self._log.warning("kv store took %d blocks error=%s", put.sealed, put.failure.reason)
+                about = {"request_id": request_id, "blocks": put.sealed, "reason": put.failure.reason}
+                self._log.warning("the kv store did not take all blocks", extra=about)
             if put.sealed < len(leases):
                 await self._give_back(leases)
 
@@ -164,7 +168,7 @@ class Prefixes:
             reserved = await self._bus.call("kv", "Reserve", request, ReserveResponse, timeout=CALL_TIMEOUT_S)
         except CountersignError as error:
             self._backoff.failed()
-            self._log.warning("kv store took nothing error=%s", error.reason)
+            self._log.warning("the kv store took nothing", extra={"request_id": request_id, "reason": error.reason})
             return []
         self._backoff.answered()
         granted = [(i, ids[i].key, grant.lease) for i, grant in enumerate(reserved.grants) if grant.lease]

@@ -15,6 +15,7 @@ from countersign.services.runtime.config import Config, NatsConfig, dump
 from countersign.services.runtime.nats_server import NatsServer
 from countersign.services.runtime.registry import Registry
 from countersign.services.runtime.rpc import Channel
+from countersign.services.runtime.telemetry.lines import readable
 from countersign.v1.kv_pb2 import LookupRequest, LookupResponse
 from countersign.v1.registry_pb2 import Instance
 
@@ -56,7 +57,7 @@ async def registry(bus: Bus) -> AsyncIterator[Registry]:
 async def ended(process: asyncio.subprocess.Process) -> tuple[int | None, str]:
     async with asyncio.timeout(20):
         _, errors = await process.communicate()
-    return process.returncode, errors.decode()
+    return process.returncode, "\n".join(map(readable, errors.decode().splitlines()))
 
 
 async def serving(instance: Instance) -> None:
@@ -151,4 +152,4 @@ async def test_a_wrong_configuration_ends_the_process_with_code_2_and_says_which
 async def test_a_bus_that_is_not_configured_ends_the_process_with_code_2(start: Start) -> None:
     code, log = await ended(await start("--set", "nats.port=0"))
     assert (code, "nats.url is empty" in log) == (2, True)
-    assert "Traceback" not in log
+    assert "process.py" not in log

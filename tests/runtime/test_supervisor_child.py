@@ -1,6 +1,7 @@
 """Child processes that end with us, alone and with what they started themselves."""
 
 import asyncio
+import json
 import signal
 import sys
 import time
@@ -144,6 +145,17 @@ async def test_each_run_appends_to_the_log_under_a_header_and_the_tail_is_its_ow
     assert [line for line in lines if not line.startswith("----")] == ["first", "second"]
     assert [line.partition("start: ")[2] for line in lines[::2]] == ["echo first", "echo second"]
     assert child.log_tail() == "second"
+
+
+async def test_the_tail_of_a_log_is_for_people_and_begins_with_a_whole_line(tmp_path: Path) -> None:
+    record = {"time": "t", "level": "error", "service": "kv", "message": "failed", "blocks": 3}
+    failed = record | {"exception": [{"exc_type": "ValueError", "exc_value": "why", "frames": []}]}
+    told = "\n".join([json.dumps(record | {"filler": "x" * 70_000}), json.dumps(record), json.dumps(failed)])
+    (tmp_path / "told").write_text(told)
+    child = Child(["cat", str(tmp_path / "told")], log=tmp_path / "log")
+    await child.wait()
+    assert child.log_tail() == "t ERROR kv failed blocks=3\n" * 2 + "  ValueError: why"
+    assert child.last_words() == "ValueError: why"
 
 
 async def test_signals_to_a_child_that_has_ended_do_nothing(tmp_path: Path) -> None:

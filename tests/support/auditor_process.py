@@ -29,7 +29,7 @@ class AuditorProcess:
         with self._log.open("ab") as out:
             self.process = subprocess.Popen(self._command, stdout=out, stderr=out)
         deadline = time.monotonic() + START_S
-        while b"auditor ready" not in self._log.read_bytes()[begin:]:
+        while b'"message": "ready"' not in self._log.read_bytes()[begin:]:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 pytest.fail(f"the auditor did not start:\n{self._log.read_text()}")
