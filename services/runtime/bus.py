@@ -137,6 +137,13 @@ class Bus:
             transport.close()  # type: ignore[no-untyped-call]  # nats-py leaves its annotation out
             await asyncio.sleep(0)  # the socket closes in the loop's next turn
 
+    @property
+    def server(self) -> tuple[str, str]:
+        """The URL, without a password, and the version of the server at the other end."""
+        url, version = self._client.connected_url, self._client.connected_server_version
+        place = f"{url.scheme}://{url.hostname}:{url.port}" if url else ""
+        return place, f"{version.major}.{version.minor}.{version.patch}"
+
     async def wait_closed(self) -> None:
         """Return when the connection is closed for good: by `close`, or by a server that refuses it."""
         await self._closed.wait()

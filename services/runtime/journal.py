@@ -17,7 +17,7 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,7 +52,8 @@ _RECEIPT = "cs.v1.receipt."
 _DRAW = "cs.v1.draw."
 _SIGNED = ("cs.v1.checkpoint.", "cs.v1.verdict.", "cs.v1.equivocation.")
 
-_BATCH = {"batch": 1000, "max_bytes": 8 << 20}
+# Of one read: entries and bytes; and entries of the first page back, which is all that most look at.
+_PAGE, _MAX_BYTES, _FIRST_PAGE = 1000, 8 << 20, 64
 _TIMEOUT_S = 5.0
 _APPEND_TIMEOUT_S = 2.0
 _START_S = 15.0  # a cluster elects its leaders first
@@ -169,6 +170,38 @@ class Journal:
             entries += batch
         return entries
 
+    async def pages_back(self, subject: str) -> AsyncGenerator[list[Entry]]:
+        """All entries of the subjects that ``subject``, with wildcards, covers, the newest first, some at a time.
+
+        Raises:
+            Unavailable, DeadlineExceeded: JetStream does not answer.
+        """
+        newest, page = await self.last(subject), _FIRST_PAGE
+        end = newest.sequence if newest is not None else 0
+        while end > 0:
+            after, found, more = max(0, end - page), list[Entry](), True
+            while more and (found[-1].sequence if found else after) < end:
+                batch, more = await self._read_batch(subject, found[-1].sequence if found else after, page)
+                found += [entry for entry in batch if entry.sequence <= end]
+                more = more and batch[-1:] == found[-1:]
+            yield found[::-1]
+            end, page = after, min(4 * page, _PAGE)
+
+    async def newest_each(self, subjects: Sequence[str]) -> dict[str, Entry]:
+        """The newest entry of each subject that ``subjects``, with wildcards and of one stream, cover; 1024 at most.
+
+        Raises:
+            Unavailable, DeadlineExceeded: JetStream does not answer.
+            Internal: reason JETSTREAM_ERROR: there are more.
+        """
+        if not subjects:
+            return {}
+        query, api = json.dumps({"multi_last": list(subjects)}).encode(), f"$JS.API.DIRECT.GET.{_stream(subjects[0])}"
+        *messages, end = await self._bus.request_many(api, query, _TIMEOUT_S, is_status)
+        if status_of(end) not in {"204", "404"}:
+            raise Internal(f"JetStream refuses to read {subjects[0]}, ...: {end.headers}", reason="JETSTREAM_ERROR")
+        return {header(msg, "Nats-Subject"): Entry(_place(msg)[0], msg.data) for msg in messages}
+
     async def last(self, subject: str) -> Entry | None:
         """The newest entry, or None when there is none. The stream's leader answers: what is acknowledged is seen.
 
@@ -254,9 +287,9 @@ class Journal:
             _log.warning("a tail waits for the journal", extra={"subject": subject, "error": str(error)})
             return []
 
-    async def _read_batch(self, subject: str, after: int) -> tuple[list[Entry], bool]:
+    async def _read_batch(self, subject: str, after: int, most: int = _PAGE) -> tuple[list[Entry], bool]:
         """Some of the entries over ``after``, and whether there are more (NATS ADR-31, batched direct get)."""
-        query = json.dumps({"next_by_subj": subject, "seq": after + 1, **_BATCH}).encode()
+        query = json.dumps({"next_by_subj": subject, "seq": after + 1, "batch": most, "max_bytes": _MAX_BYTES}).encode()
         api = f"$JS.API.DIRECT.GET.{_stream(subject)}"
         *messages, end = await self._bus.request_many(api, query, _TIMEOUT_S, is_status)
         if status_of(end) == "404":

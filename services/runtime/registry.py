@@ -62,13 +62,18 @@ class Registry:
         self._beating: asyncio.Task[None] | None = None
         self._key = ""
 
-    async def start(self) -> None:
+    async def start(self, *, create: bool = True) -> None:
         """Make the bucket if need be and fill the view; from then on it stays up to date.
 
+        Args:
+            create: false for who only looks: then there must be a bucket.
+
         Raises:
-            Unavailable, DeadlineExceeded: NATS does not answer.
+            Unavailable: reason NO_RESPONDERS, there is no bucket; others: NATS does not answer.
+            DeadlineExceeded: NATS does not answer.
         """
-        await self._ensure_bucket()
+        if create:
+            await self._ensure_bucket()
         self._subscription = await self._bus.subscribe(f"{_SUBJECTS}>", self._receive)
         await self._bus.flush()
         # Heartbeats that came in the meantime are newer than what is read now.
@@ -108,9 +113,13 @@ class Registry:
 
     def live(self, service: str) -> list[Instance]:
         """The service's instances whose record is younger than the TTL, by instance id; draining ones included."""
-        now = time.monotonic()
-        alive = (record.instance for record in self._records.values() if record.expires > now)
-        return sorted((each for each in alive if each.service == service), key=lambda each: each.instance)
+        return [each for each in self.everybody() if each.service == service]
+
+    def everybody(self) -> list[Instance]:
+        """The live instances of all services, by instance id; may be called from any thread."""
+        now, records = time.monotonic(), list(self._records.values())
+        alive = (record.instance for record in records if record.expires > now and record.instance.instance)
+        return sorted(alive, key=lambda each: each.instance)
 
     async def wait_for(self, service: str, timeout: float) -> Instance:  # noqa: ASYNC109  ends in a typed error
         """The first instance that takes work, waiting for one ``timeout`` seconds at most.
