@@ -47,6 +47,8 @@ COMMANDS = {
         "countersign.cli.log", ("status", "prove", "check"), "The log of all receipts, and proofs from it.", group=True
     ),
     "status": Lazy("countersign.cli.status", ("status",), "Who is there on a running stack, and whether all is well."),
+    "top": Lazy("countersign.cli.top", ("top",), "How a running stack is doing, second by second."),
+    "trace": Lazy("countersign.cli.trace", ("trace",), "Where one request's time went, as a waterfall."),
     "receipts": Lazy("countersign.cli.receipts", ("receipts",), "What a running stack has signed, and the verdicts."),
     "up": Lazy("countersign.cli.up", ("up",), "Run the whole stack here until interrupted."),
     "bench": Lazy("countersign.cli.bench", ("bench",), "Measure; benchmarks of a checkout."),

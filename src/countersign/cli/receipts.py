@@ -135,7 +135,11 @@ def receipts(
     """List the receipts of a running stack, the newest first, with their verdicts."""
     now = wall_ms()
     filters = Filters(
-        model, finish or "", verdict or "", unix_ms(since, now) if since else 0, unix_ms(until, now) if until else math.inf
+        model,
+        finish or "",
+        verdict or "",
+        unix_ms(since, now) if since else 0,
+        unix_ms(until, now) if until else math.inf,
     )
     found = asyncio.run(_list(data_dir, nats, filters, limit))
     if json_:

@@ -18,7 +18,7 @@ from rich.text import Text
 from countersign.cli.generate import DEFAULT_DATA_DIR
 from countersign.cli.operator import DataDir, Json, Nats, connected, counted, duration
 from countersign.cli.printable import in_one_line
-from countersign.cli.tables import BAD, CARE, GOOD, HEAD, QUIET, Column, fitting, room, show
+from countersign.cli.tables import BAD, CARE, GOOD, QUIET, Column, fitting, named, room, show
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.call import M
 from countersign.services.runtime.clock import wall_ms
@@ -218,10 +218,10 @@ def _rest(seen: Seen) -> list[Text]:
     """What stands below the table."""
     lines = [Text()]
     nats = f"{seen.nats}, version {seen.nats_version}, answers in {duration(seen.round_trip_s)}"
-    lines.append(_named("nats", nats))
+    lines.append(named("nats", nats))
     for model, count in models(seen.instances):
         about = f"{model.name}: {model.dtype}, context {model.context_length}, {counted(count, 'target')}"
-        lines.append(_named("model", f"{about}, room for {model.cache_tokens:,} tokens each"))
+        lines.append(named("model", f"{about}, room for {model.cache_tokens:,} tokens each"))
         digests = (("weights", model.weights_sha256), ("tokenizer", model.tokenizer_sha256))
         lines += [
             Text(f"  {name:<10}{digest.hex()}", QUIET) for name, digest in (*digests, ("config", model.config_sha256))
@@ -230,10 +230,10 @@ def _rest(seen: Seen) -> list[Text]:
         outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(seen.log.outcomes.items()))
         log = f"{counted(seen.log.size, 'receipt')}; audited: {outcomes or 'none yet'}; {seen.log.waiting} wait"
         bad = seen.log.outcomes.get("fail", 0) or seen.log.equivocations
-        lines.append(_named("log", log, BAD if bad else ""))
+        lines.append(named("log", log, BAD if bad else ""))
     if seen.watched is not None:
         kept = f"{counted(seen.watched.requests, 'request')} watched, {seen.watched.violation_count} violations"
-        lines.append(_named("protocol", kept, BAD if seen.watched.violation_count else ""))
+        lines.append(named("protocol", kept, BAD if seen.watched.violation_count else ""))
     return lines + _troubles(seen)
 
 
@@ -249,7 +249,3 @@ def _troubles(seen: Seen) -> list[Text]:
     if seen.watched is not None and seen.watched.violation_count:
         lines.append(Text("the commit protocol was violated; see: countersign spec status", BAD))
     return lines and [Text(), *lines]
-
-
-def _named(name: str, about: str, style: str = "") -> Text:
-    return Text.assemble((f"{name:<10}", HEAD), (in_one_line(about), style))

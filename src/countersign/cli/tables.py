@@ -46,6 +46,11 @@ def fitting(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: in
     return table
 
 
+def named(name: str, about: str, style: str = "") -> Text:
+    """A line of facts, and what they are about."""
+    return Text.assemble((f"{name:<10}", HEAD), (in_one_line(about), style))
+
+
 def room(console: Console) -> int | None:
     """How wide a line may be: no limit where nobody looks at a terminal."""
     return console.width if console.is_terminal else None
