@@ -82,9 +82,7 @@ def status(data_dir: DataDir = DEFAULT_DATA_DIR, nats: Nats = "", json_: Json = 
     if json_:
         print(json.dumps(facts(seen)))
     else:
-        console = Console()
-        show(console, fitting(_COLUMNS, [_row(seen, place) for place in range(len(seen.instances))], room(console)))
-        show(console, *_rest(seen))
+        report(Console(), seen)
     if not seen.well:
         raise typer.Exit(1)
 
@@ -115,6 +113,12 @@ async def _asked(bus: Bus, service: str, method: str, request: Message, reply: t
         return await bus.call(service, method, request, reply, timeout=CALL_S)
     except CountersignError:
         return None
+
+
+def report(console: Console, seen: Seen) -> None:
+    """What people see."""
+    show(console, fitting(_COLUMNS, [_row(seen, place) for place in range(len(seen.instances))], room(console)))
+    show(console, *_rest(seen))
 
 
 def facts(seen: Seen) -> dict[str, Any]:

@@ -153,17 +153,13 @@ def _notes(node: Node, other: Node | None) -> Iterator[Text]:
             yield Text(f"failed: {in_one_line(each.error)}", BAD)
             break
     if (total := rounds(node)) is not None:
-        yield Text(
-            f"{counted(total.count, 'round')}: {counted(total.tokens, 'token')}, {total.tokens / total.count:.1f} each;"
-            f" accepted {total.accepted} of {total.proposed} ({share(total.accepted, total.proposed)});"
-            f" batch {total.batch:.1f}",
-            QUIET,
-        )
-        yield Text(
-            f"a pass {duration(total.pass_mean_s)}, at most {duration(total.pass_max_s)};"
-            f" a commit {duration(total.commit_mean_s)}, at most {duration(total.commit_max_s)}",
-            QUIET,
-        )
+        each = f"{total.tokens / total.count:.1f} each; batch {total.batch:.1f}"
+        yield Text(f"{counted(total.count, 'round')}: {counted(total.tokens, 'token')}, {each}", QUIET)
+        if total.proposed:
+            part = f"{total.accepted} of {total.proposed} proposed ({share(total.accepted, total.proposed)})"
+            yield Text(f"accepted {part}", QUIET)
+        yield Text(f"a pass {duration(total.pass_mean_s)}, at most {duration(total.pass_max_s)}", QUIET)
+        yield Text(f"a commit {duration(total.commit_mean_s)}, at most {duration(total.commit_max_s)}", QUIET)
     for about in _said(node):
         yield Text(about, QUIET)
     others = [event for event in node.events if event[1] != names.ROUND]
