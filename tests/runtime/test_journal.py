@@ -246,3 +246,42 @@ async def test_sequences_grow_along_a_log(journal: Journal) -> None:
     await write(journal, OTHER, 3)
     entries = await write(journal, LOG, 5)
     assert all(one.sequence < two.sequence for one, two in pairwise(entries))
+
+
+async def test_a_stream_is_read_backwards_page_by_page_whole_and_without_other_subjects(journal: Journal) -> None:
+    written = [
+        await journal.append(f"cs.v1.receipt.r{n % 7}-{n}", b"%d" % n, expected=0, timeout=5) for n in range(400)
+    ]
+    found = [page async for page in journal.pages_back("cs.v1.receipt.*")]
+    assert [entry.sequence for page in found for entry in page] == written[::-1]
+    assert [entry.data for entry in found[0]][:2] == [b"399", b"398"]
+    assert len(found[0]) < len(found[1]), "the first page is short: most want no more"
+    assert [page async for page in journal.pages_back("cs.v1.draw.*")] == []
+
+
+async def test_entries_that_come_while_a_stream_is_read_backwards_are_not_told_twice(journal: Journal) -> None:
+    for number in range(100):
+        await journal.append(f"cs.v1.receipt.old-{number}", b"old", expected=0, timeout=5)
+    seen: list[int] = []
+    async for page in journal.pages_back("cs.v1.receipt.*"):
+        seen += [entry.sequence for entry in page]
+        await journal.append(f"cs.v1.receipt.new-{len(seen)}", b"new", expected=0, timeout=5)
+    assert seen == sorted(set(seen), reverse=True)
+    assert len(seen) == 100
+
+
+async def test_the_newest_entries_of_many_subjects_come_at_once(journal: Journal) -> None:
+    for auditor in ("a", "b"):
+        for receipt in ("1", "2", "3"):
+            await journal.append(
+                f"cs.v1.verdict.{auditor}.{receipt}", f"{auditor}{receipt}".encode(), expected=0, timeout=5
+            )
+    found = await journal.newest_each(["cs.v1.verdict.*.1", "cs.v1.verdict.a.3", "cs.v1.verdict.*.9"])
+    assert {subject: entry.data for subject, entry in found.items()} == {
+        "cs.v1.verdict.a.1": b"a1",
+        "cs.v1.verdict.b.1": b"b1",
+        "cs.v1.verdict.a.3": b"a3",
+    }
+    assert await journal.newest_each(["cs.v1.verdict.*.9"]) == {}
+    assert await journal.newest_each([]) == {}
+    assert found["cs.v1.verdict.a.1"].sequence < found["cs.v1.verdict.b.1"].sequence

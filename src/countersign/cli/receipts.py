@@ -40,7 +40,7 @@ ASKED_AT_ONCE = 256
 UNKNOWN = "unknown"
 """No auditor that is there says anything of it."""
 
-_SPAN = re.compile(r"([0-9]{1,9}) *([smhd])")
+_SPAN = re.compile(r"([0-9]{1,9}) *([smhd])", re.ASCII)
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _STATES = {
     AuditState.AUDIT_STATE_LOGGED: "logged",
@@ -146,10 +146,7 @@ def receipts(
         rows = [asdict(row) for row in found.rows]
         print(json.dumps({"receipts": rows, "more": found.more, "unreadable": found.unreadable}))
         return
-    console = Console()
-    if found.rows:
-        show(console, fitting(_COLUMNS, [_cells(row) for row in found.rows], room(console)))
-    show(console, *_notes(found))
+    report(Console(), found)
 
 
 @dataclass(slots=True)
@@ -185,6 +182,13 @@ async def search(journal: Journal, filters: Filters, limit: int, keys: Sequence[
     found.more = len(found.rows) > limit
     del found.rows[limit:]
     return found
+
+
+def report(console: Console, found: Found) -> None:
+    """What people see."""
+    if found.rows:
+        show(console, fitting(_COLUMNS, [_cells(row) for row in found.rows], room(console)))
+    show(console, *_notes(found))
 
 
 def row_of(signed: SignedReceipt, verdict: verdicts.Verdict | None) -> Row:
