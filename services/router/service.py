@@ -42,8 +42,8 @@ from countersign.services.runtime.journal import Entry
 from countersign.services.runtime.service import Call, Context
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
-from countersign.services.runtime.telemetry.generation import GenerationSpan
 from countersign.services.runtime.telemetry.context import bind_request, request_context
+from countersign.services.runtime.telemetry.generation import GenerationSpan
 from countersign.v1 import router_pb2
 from countersign.v1.commit_pb2 import Closed, Opened
 from countersign.v1.registry_pb2 import Instance

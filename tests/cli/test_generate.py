@@ -371,6 +371,10 @@ async def test_each_command_explains_its_own_options(command: Command, name: str
         "demo": "--json",
         "bench": "--quick",
         "spec": "replay",
+        "status": "--nats",
+        "top": "--once",
+        "trace": "REQUEST",
+        "receipts": "--verdict",
     }[name] in result.out
 
 

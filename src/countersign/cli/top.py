@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -153,7 +153,7 @@ class _Nothing:
     def __exit__(self, *_: object) -> None: ...
 
 
-async def _looks(registry: Registry, interval: float, stop: asyncio.Event) -> AsyncIterator[Change]:
+async def _looks(registry: Registry, interval: float, stop: asyncio.Event) -> AsyncGenerator[Change]:
     """What changed in each interval, until ``stop``."""
     before = await look(registry.everybody())
     while not stop.is_set():

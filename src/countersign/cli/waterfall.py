@@ -153,8 +153,8 @@ def _notes(node: Node, other: Node | None) -> Iterator[Text]:
             yield Text(f"failed: {in_one_line(each.error)}", BAD)
             break
     if (total := rounds(node)) is not None:
-        each = f"{total.tokens / total.count:.1f} each; batch {total.batch:.1f}"
-        yield Text(f"{counted(total.count, 'round')}: {counted(total.tokens, 'token')}, {each}", QUIET)
+        mean = f"{total.tokens / total.count:.1f} each; batch {total.batch:.1f}"
+        yield Text(f"{counted(total.count, 'round')}: {counted(total.tokens, 'token')}, {mean}", QUIET)
         if total.proposed:
             part = f"{total.accepted} of {total.proposed} proposed ({share(total.accepted, total.proposed)})"
             yield Text(f"accepted {part}", QUIET)
