@@ -59,6 +59,8 @@ from countersign.verify.testing import Asked, example_receipt, signing_key
 MODELS = CHECKOUT / "infra" / "models"
 TARGET, DRAFT = MODELS / "demo-target", MODELS / "demo-draft"
 PROMPTS = 200
+CALIBRATED = 384
+"""Held-out prompts that the profile of the demo target was made of; its thresholds are judged on others."""
 SIZES = (1, 3, 10, 30, 100, 300, 1000)
 REFERENCES: tuple[Dtype, ...] = ("fp32", "bf16")
 FAULTS = {name: fault for name, fault in ALL_FAULTS.items() if not fault.inflation}
@@ -217,14 +219,14 @@ def _reference(dtype: Dtype) -> Model:
 
 
 @cache
-def _prompts() -> list[list[int]]:
-    tokenizer = Tokenizer(TARGET)
-    return [tokenizer.encode(prompt.text, plain=True) for prompt in heldout_prompts(MODELS, PROMPTS)]
+def _prompts(first: int) -> list[list[int]]:
+    tokenizer, texts = Tokenizer(TARGET), heldout_prompts(MODELS, first + PROMPTS)[first:]
+    return [tokenizer.encode(prompt.text, plain=True) for prompt in texts]
 
 
-def _asked(number: int) -> tuple[list[int], Sampling]:
-    """No two the same: prompts come back with other seeds."""
-    return _prompts()[number % PROMPTS], Sampling(1.0, 50, 0.95, 7_000_000 + number)
+def _asked(number: int, first: int = 0) -> tuple[list[int], Sampling]:
+    """No two the same: prompts, those from the ``first`` on, come back with other seeds."""
+    return _prompts(first)[number % PROMPTS], Sampling(1.0, 50, 0.95, 7_000_000 + number)
 
 
 def answers(
@@ -320,7 +322,7 @@ def _false_positives(quick: bool) -> Iterator[Row]:
     judged = 0
     for index, way in enumerate(HONEST_WAYS):
         few = each if way.ranks == 1 else max(2, each // 4)
-        asked = [_asked(1_000_000 * (index + 1) + number) for number in range(few)]
+        asked = [_asked(1_000_000 * (index + 1) + number, CALIBRATED) for number in range(few)]
         outputs = answers(HONEST, asked, tokens, way)
         judged += few
         for dtype in REFERENCES:

@@ -100,11 +100,6 @@ def check(signed: SignedReceipt, challenge: Challenge, response: LeafOpenings) -
     return dict(zip(positions, response.token_ids, strict=True))
 
 
-def exposure(signed: SignedReceipt, challenge: Challenge) -> float:
-    """The share of the hidden tokens that the response discloses."""
-    return multiproof.total(challenge.runs) / max(1, signed.receipt.output.hidden)
-
-
 def encode(response: LeafOpenings) -> bytes:
     """The response as it travels: deterministic CBOR."""
     return cbor.dumps(leaves_to_cbor(response))

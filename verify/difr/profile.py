@@ -48,7 +48,7 @@ Slack = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 @dataclass(frozen=True, slots=True)
 class Honest:
-    """The scores of honest answers of ``provider`` under ``reference``. Raises ValueError: more was found than counted.
+    """The scores of honest answers of ``provider`` under ``reference``. Raises ValueError: no honest run gives these.
 
     Attributes:
         conditions: What was run, for people.
@@ -75,6 +75,8 @@ class Honest:
     def __post_init__(self) -> None:
         if max(self.outside, *self.above) > self.tokens or self.clipped > CLIP * self.tokens:
             raise ValueError(f"more than {self.tokens} tokens score above nothing")
+        if self.above[-1] == self.tokens:
+            raise ValueError("not one token is what the reference samples: that is no honest run of its model")
 
     def thresholds(self) -> Thresholds:
         """What an honest answer of this pairing stays within."""

@@ -51,11 +51,6 @@ def upper_rate(count: int, size: int, level: float) -> float:
     return _last(lambda rate: 1 - binomial_tail(count + 1, size, rate) > level, count / size)
 
 
-def lower_rate(count: int, size: int, level: float) -> float:
-    """The smallest rate that ``count`` of ``size`` does not refute at ``level``."""
-    return 1.0 - upper_rate(size - count, size, level)
-
-
 def upper_mean(found: float, most: float, size: int, level: float) -> float:
     """The largest mean of numbers from 0 to ``most`` that ``found``, the mean of ``size`` of them, does not refute.
 

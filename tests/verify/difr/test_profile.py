@@ -81,7 +81,14 @@ def test_torch_s_bits_are_a_machine_s_so_that_one_odd_token_refutes_nobody() -> 
 
 @pytest.mark.parametrize(
     "changed",
-    [{"outside": 5001}, {"above": (5001,) * 7}, {"clipped": 2501.0}, {"slack": 1.1}, {"slack": math.inf}],
+    [
+        {"outside": 5001},
+        {"above": (5001,) * 7},
+        {"above": (5000,) * 7},
+        {"clipped": 2501.0},
+        {"slack": 1.1},
+        {"slack": math.inf},
+    ],
     ids=str,
 )
 def test_numbers_that_no_calibration_gives_are_malformed(changed: dict[str, object]) -> None:
