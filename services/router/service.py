@@ -144,7 +144,7 @@ class RouterService:
         finished = False
         opened = False
         span = trace.get_current_span()  # of this call
-        generation = GenerationSpan(span, request, content=self._content)
+        generation = GenerationSpan.of_call(request, content=self._content)
         phases = tracing.Phases(self._tracer, span)
         try:
             with phases.step("admit"):
@@ -158,9 +158,11 @@ class RouterService:
                     finished = event.HasField("finished")
                     generation.sees(event)
                     yield GenerateResponse(event=event)
+        except (GeneratorExit, asyncio.CancelledError):
+            generation.left()
+            raise
         finally:
             phases.end()
-            generation.left()
             self._active -= 1
             goes_on = request.on_disconnect == OnDisconnect.ON_DISCONNECT_CONTINUE
             if opened and not finished:

@@ -209,7 +209,7 @@ class _Guard:
             except Exception as error:  # noqa: BLE001  whatever a handler raises must be logged and answered
                 failure = self._bug(error, context)
             tracing.record_error(span, failure)
-            return await context.abort_with_status(rpc_status.to_status(failure.to_status()))
+        return await context.abort_with_status(rpc_status.to_status(failure.to_status()))
 
     async def _within_deadline(self, call: Call, body: Callable[[Call], Awaitable[_T]]) -> _T:
         try:

@@ -43,7 +43,7 @@ from countersign.services.runtime.errors import DataLoss, Unavailable
 from countersign.services.runtime.rpc import Channel
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
-from countersign.services.runtime.telemetry.generation import GenerationSpan, span_name
+from countersign.services.runtime.telemetry.generation import GenerationSpan, asked, span_name
 from countersign.v1 import router_pb2, sampling_pb2
 
 __all__ = [
@@ -104,13 +104,25 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class Client:
-    """A connection to one router. ``reconnects`` is how often one answer is resumed after a broken connection."""
+    """A connection to one router.
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, reconnects: int = 5) -> None:
-        self._channel = Channel(address)
+    Args:
+        address: host:port.
+        reconnects: how often one answer is resumed after a broken connection.
+        tracer_provider: each answer is a span of OpenTelemetry; the process's own provider by default.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        reconnects: int = 5,
+        tracer_provider: trace.TracerProvider | None = None,
+    ) -> None:
+        self._channel = Channel(address, tracer_provider=tracer_provider)
         self._address = address
         self._reconnects = reconnects
-        self._tracer = tracing.tracer()
+        self._tracer = tracing.tracer(tracer_provider)
 
     async def __aenter__(self) -> Self:
         return self
@@ -280,16 +292,17 @@ class Client:
     ) -> AsyncGenerator[Event, None]:
         """One answer as one span of the caller's trace, or of one that begins here."""
         host, _, port = self._address.rpartition(":")
-        told: dict[str, str | int] = {names.SERVER_ADDRESS: host, names.SERVER_PORT: int(port) if port.isdigit() else 0}
+        told = asked(request) | {names.SERVER_ADDRESS: host, names.SERVER_PORT: int(port) if port.isdigit() else 0}
         span = self._tracer.start_span(span_name(request.model), kind=SpanKind.CLIENT, attributes=told)
-        progress.span = GenerationSpan(span, request)
+        progress.span = GenerationSpan(span)
         with tracing.ended(span):
             try:
                 async with aclosing(self._answer(stream, progress, goes_on, span)) as events:
                     async for event in events:
                         yield event
-            finally:
+            except (GeneratorExit, asyncio.CancelledError):
                 progress.span.left()
+                raise
 
     async def _answer(
         self, stream: _Stream, progress: _Progress, goes_on: bool, span: Span | None = None

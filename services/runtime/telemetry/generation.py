@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+from opentelemetry import trace
 from opentelemetry.trace import Span
 
 from countersign.services.runtime.telemetry import attributes as names
@@ -19,20 +20,26 @@ def span_name(model: str) -> str:
 
 
 class GenerationSpan:
-    """Fills in ``span`` as the request goes on. ``content``: with prompt and answer, which nothing else here tells."""
+    """Fills in ``span`` as the request goes on. ``content``: with the answer, which nothing else here tells."""
 
-    def __init__(self, span: Span, request: GenerateRequest, *, content: bool = False) -> None:
+    def __init__(self, span: Span, *, content: bool = False) -> None:
         self._span = span
         self._on = span.is_recording()
         self._began = time.monotonic() if self._on else 0.0
         self._text: list[str] | None = [] if content and self._on else None
         self._waiting, self._finished = True, False
-        if self._on:
+
+    @staticmethod
+    def of_call(request: GenerateRequest, *, content: bool) -> GenerationSpan:
+        """The current span, which is that of the call."""
+        span = trace.get_current_span()
+        if span.is_recording():
             span.update_name(span_name(request.model))
-            span.set_attributes(_asked(request))
-            if self._text is not None:
+            span.set_attributes(asked(request))
+            if content:
                 prompt = request.text or f"{len(request.token_ids.ids)} token ids"
                 span.set_attribute(names.INPUT_MESSAGES, _messages("user", prompt))
+        return GenerationSpan(span, content=content)
 
     def sees(self, event: StreamEvent) -> None:
         """An event of the answer, before it goes on."""
@@ -47,7 +54,7 @@ class GenerationSpan:
                 self._chunk(event)
 
     def left(self) -> None:
-        """Nobody reads it any more; without a last event it was cancelled."""
+        """Whoever read it has gone away."""
         if self._on and not self._finished:
             self._span.set_attribute(names.FINISH_REASONS, ("cancelled",))
 
@@ -90,9 +97,10 @@ class GenerationSpan:
             tracing.fail(self._span, "FINISHED_WITH_ERROR")
 
 
-def _asked(request: GenerateRequest) -> dict[str, str | int | float | bool]:
+def asked(request: GenerateRequest) -> dict[str, str | int | float | bool]:
+    """What is known of a request before it is sent."""
     sampling = request.sampling
-    asked: dict[str, str | int | float | bool] = {
+    told: dict[str, str | int | float | bool] = {
         names.OPERATION: names.TEXT_COMPLETION,
         names.PROVIDER: names.PROVIDER_NAME,
         names.OUTPUT_TYPE: "text",
@@ -103,13 +111,13 @@ def _asked(request: GenerateRequest) -> dict[str, str | int | float | bool]:
         names.REQUEST_TOP_P: sampling.top_p if sampling.HasField("top_p") else 1.0,
     }
     if request.model:
-        asked[names.REQUEST_MODEL] = request.model
+        told[names.REQUEST_MODEL] = request.model
     if request.request_id:
-        asked[names.REQUEST_ID] = request.request_id
+        told[names.REQUEST_ID] = request.request_id
     # An attribute is a signed number of 64 bits, a seed an unsigned one: larger ones have no place there.
     if sampling.HasField("seed") and sampling.seed < 1 << 63:
-        asked[names.REQUEST_SEED] = sampling.seed
-    return asked
+        told[names.REQUEST_SEED] = sampling.seed
+    return told
 
 
 def _messages(role: str, text: str) -> str:
