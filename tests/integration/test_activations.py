@@ -12,7 +12,7 @@ from stacks import Running, start_stack, stop_stack
 
 from countersign.client import Answer, Client
 from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound
-from countersign.verify.audit import AuditReport, audit
+from countersign.verify.audit import AuditReport, Level, audit
 from countersign.verify.difr import load_reference
 from countersign.verify.fingerprints import Challenge, decode
 from countersign.verify.keys import load_public
@@ -27,9 +27,10 @@ async def ask(client: Client, **more: object) -> Answer:
     return await client.complete(PROMPT, max_tokens=40, temperature=0.8, seed=3, ignore_eos=True, **more)  # type: ignore[arg-type]
 
 
-def audited(stack: Running, answer: Answer, challenge: Challenge) -> AuditReport:
+def audited(stack: Running, answer: Answer, challenge: Challenge, *levels: Level) -> AuditReport:
     return audit(
         answer.receipt,
+        levels=levels,
         trusted_keys=[load_public(stack.data_dir / "keys" / "receipts.pub")],
         reference=lambda dtype: load_reference(DEMO, dtype),
         challenge=challenge,
@@ -97,18 +98,17 @@ async def test_the_command_line_draws_asks_and_audits(stack: Running, tmp_path: 
     assert report["levels"][-1]["figures"]["sample_size"] == 12
 
 
-async def test_a_dishonest_target_whose_tokens_pass_is_told_by_two_fingerprints(tmp_path: Path) -> None:
+async def test_a_dishonest_target_is_told_by_two_fingerprints_whatever_its_tokens_are(tmp_path: Path) -> None:
     running = start_stack(tmp_path / "data", "target.fault=int8")
     try:
         async with Client(running.router) as client:
             answer = await ask(client)
             opened = await client.activations(answer.request_id, (7, 21))
-        report = audited(running, answer, Challenge((7, 21), opened))
+        report = audited(running, answer, Challenge((7, 21), opened), "activations")
     finally:
         assert stop_stack(running) == 0
-    assert report.verdict == "fail"
-    if report.levels[-1].level == "activations":
-        assert report.levels[-1].figures["max_distance"] > 1e-3
+    assert [(part.level, part.outcome) for part in report.levels][2:] == [("activations", "fail")]
+    assert report.levels[-1].figures["max_distance"] > 1e-3
 
 
 async def test_a_target_may_make_none(tmp_path: Path) -> None:

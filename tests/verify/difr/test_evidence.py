@@ -51,6 +51,18 @@ def test_faults_that_no_single_answer_shows_are_refuted_in_time(share: float, sc
     assert passed > evidence.answers / 2
 
 
+@pytest.mark.parametrize("score", [0.01, 0.4, math.inf])
+def test_who_uses_the_room_of_every_answer_is_refuted_by_ten_of_them(score: float) -> None:
+    size, room = 300, 0
+    while not judge([score] * (room + 1) + [0.0] * (size - room - 1), NEAR).failures:
+        room += 1
+    assert room > 0
+    evidence = Evidence.none(NEAR)
+    for _ in range(10):
+        evidence = evidence.add([score] * room + [0.0] * (size - room))
+    assert evidence.refuted()
+
+
 def test_where_the_arithmetic_is_the_same_one_token_refutes_for_ever() -> None:
     evidence = Evidence.none(EXACT).add([0.0] * 1000)
     assert not evidence.refuted()
