@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import sys
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from countersign.services.auditor.case import Disclosed
 from countersign.services.runtime.errors import FailedPrecondition
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from countersign.verify.difr import Reference
 
 NICENESS = 19
+_THREAD = "audit"
 
 
 class Examiner:
@@ -39,7 +42,7 @@ class Examiner:
         self._arithmetics = tuple(arithmetics)
         self._references: dict[Dtype, Reference] = {}
         self.active = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit", initializer=_stand_back)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=_THREAD, initializer=_stand_back)
 
     async def audit(self, case: Disclosed, levels: Collection[Level] = ()) -> AuditReport:
         """Audits a receipt, behind those that wait already.
@@ -65,8 +68,8 @@ class Examiner:
             raise FailedPrecondition(str(error), reason="KEY_FILE_UNUSABLE") from error
 
     def close(self) -> None:
-        """Waits for the audit in hand; those that wait are dropped."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Takes no more. Who ends the process need not wait for the audit in hand: ``leave``."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _audit(self, case: Disclosed, levels: Collection[Level]) -> AuditReport:
         challenge = None
@@ -92,6 +95,14 @@ class Examiner:
             torch.set_num_threads(self._threads)
             self._references[dtype] = load_reference(self._model, dtype)
         return self._references[dtype]
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process, all being closed. Python would wait for an audit in hand; the ledger keeps it for next time."""
+    if any(thread.name.startswith(_THREAD) for thread in threading.enumerate()):
+        logging.shutdown()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _stand_back() -> None:

@@ -30,7 +30,7 @@ from countersign.services.auditor.outbox import Outbox
 from countersign.services.auditor.peers import NOBODY, Others
 from countersign.services.auditor.proofs import Proofs
 from countersign.services.auditor.web import LogSite
-from countersign.services.auditor.wire import digest_of, entry_of, level_of, page_of, response_of
+from countersign.services.auditor.wire import digest_of, entry_of, fitting, level_of, page_of, response_of
 from countersign.services.auditor.witness import Witness
 from countersign.services.runtime.clock import wall_ms
 from countersign.services.runtime.config import AuditorConfig, Config
@@ -226,8 +226,9 @@ class AuditorService:
     async def ListVerdicts(self, request: ListVerdictsRequest, call: Call) -> ListVerdictsResponse:
         after, most = page_of(request.page_size, request.page_token)
         found = await self._asked(self._books.ledger.verdicts, after, most, request.outcome or None)
-        more = str(found[-1].index) if len(found) == most else ""
-        return ListVerdictsResponse(verdicts=map(entry_of, found), next_page_token=more)
+        page = fitting(found)
+        more = str(page[-1].index) if len(page) < len(found) or len(found) == most else ""
+        return ListVerdictsResponse(verdicts=map(entry_of, page), next_page_token=more)
 
     async def ListEquivocations(self, request: ListEquivocationsRequest, call: Call) -> ListEquivocationsResponse:
         found = await self._asked(self._books.ledger.conflicts, request.origin or None)

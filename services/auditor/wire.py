@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 from countersign.services.auditor.ledger import Audit
 from countersign.services.runtime.errors import InvalidArgument
 from countersign.v1.auditor_pb2 import AuditLevel, AuditOutcome, AuditResponse, LevelResult, VerdictEntry
@@ -10,6 +13,8 @@ from countersign.verify.audit import LEVELS, AuditReport, Level
 DIGEST_BYTES = 32
 PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
+MAX_PAGE_BYTES = 512 * 1024
+"""Of statements: a message on NATS has at most 1 MiB."""
 
 _LEVELS: dict[AuditLevel.ValueType, Level] = {
     AuditLevel.Value(f"AUDIT_LEVEL_{level.upper()}"): level for level in LEVELS
@@ -47,6 +52,12 @@ def page_of(size: int, token: str) -> tuple[int, int]:
     else:
         raise InvalidArgument(f"{token!r} is no page token", reason="NO_PAGE", help="begin with an empty one")
     return after, min(size or PAGE_SIZE, MAX_PAGE_SIZE)
+
+
+def fitting(audits: Sequence[Audit]) -> Sequence[Audit]:
+    """As many of them, from the first on, as go into one message; at least one, where there is one."""
+    ends = accumulate(len(audit.verdict or b"") for audit in audits)
+    return audits[: max(1, sum(end <= MAX_PAGE_BYTES for end in ends))]
 
 
 def response_of(report: AuditReport) -> AuditResponse:

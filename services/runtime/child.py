@@ -26,8 +26,10 @@ class Child:
 
     - When this process dies, the child is killed by the kernel (launcher.py). The kernel ties that to the *thread* that
       started the child, so construct it in a thread that lives as long as the child may: the event loop's.
-    - The child leads a session of its own: a terminal's Ctrl-C reaches this process only, which can then stop its
-      children in order. When the child ends, what is left of its process group is killed.
+    - The child leads a process group of its own: a terminal's Ctrl-C reaches this process only, which can then stop its
+      children in order. When the child ends, what is left of its process group is killed. It is no session of its own:
+      Linux shares the CPU out between sessions first (autogroup), so that a low priority within one yields to nobody
+      outside of it.
 
     Raises:
         Unimplemented: not on Linux, where a parent's death cannot be passed on.
@@ -48,7 +50,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 env=environ,
-                start_new_session=True,
+                process_group=0,
             )
         self.pid = self._process.pid
         self._lock = threading.Lock()

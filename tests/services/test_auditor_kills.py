@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
+from typing import IO
 
 import pytest
 from auditor_process import AuditorProcess
@@ -183,6 +185,38 @@ async def test_a_witness_that_is_killed_in_between_cosigns_what_the_log_has_in_t
     ledger = Ledger.open(f"sqlite:///{folders['witness']}/auditor/ledger.db")
     assert ledger.counts().conflicts == 0
     ledger.close()
+
+
+async def test_an_auditor_that_is_stopped_in_the_middle_of_an_audit_does_not_wait_for_its_end(
+    tmp_path: Path, bus: Bus
+) -> None:
+    journal = Journal(bus)
+    await journal.ensure_streams(NatsConfig())
+    folder, model = tmp_path / "data", tmp_path / "model"
+    write_public(folder / "keys" / "receipts.pub", signing_key().public_key())
+    model.mkdir()
+    os.mkfifo(model / "config.json")  # nobody ever writes: the audit never ends
+    auditor = AuditorProcess(folder, bus._url, "auditor.share=1", "auditor.checkpoint_s=0.05", f"auditor.model={model}")
+    try:
+        auditor.start()
+        await publish(journal, done("r"))
+        with closing(await asyncio.to_thread(read_by_somebody, model / "config.json")):
+            assert auditor.stop() == 0
+        with closing(Ledger.open(f"sqlite:///{folder}/auditor/ledger.db")) as ledger:
+            assert ledger.counts().waiting == 1
+    finally:
+        auditor.kill()
+
+
+def read_by_somebody(fifo: Path) -> IO[bytes]:
+    """Its other end, once somebody waits for what comes out of it."""
+    deadline = time.monotonic() + END_S
+    while True:
+        try:
+            return os.fdopen(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK), "wb")
+        except OSError:  # nobody reads
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 async def test_so_it_is_with_its_ledger_in_postgresql(tmp_path: Path, bus: Bus) -> None:

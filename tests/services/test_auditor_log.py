@@ -260,6 +260,22 @@ async def test_verdicts_come_page_by_page_in_the_order_of_the_log(auditor: Audit
     assert (log.size, log.waiting, log.outcomes["fail"], log.outcomes["inconclusive"] > 0) == (4, 0, 1, True)
 
 
+async def test_a_page_of_verdicts_goes_into_one_message_on_the_bus(
+    auditor: Auditor, answers: list[Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auditor.log(*answers)
+    await auditor.audit(answers[0])
+    monkeypatch.setattr("countersign.services.auditor.wire.MAX_PAGE_BYTES", 4000)
+    found, token, pages = list[bytes](), "", 0
+    while pages == 0 or token:
+        page = await auditor.ask("ListVerdicts", pb.ListVerdictsRequest(page_token=token), pb.ListVerdictsResponse)
+        assert len(page.verdicts) == 1 or sum(len(entry.statement) for entry in page.verdicts) <= 4000
+        found += [entry.receipt_sha256 for entry in page.verdicts]
+        token, pages = page.next_page_token, pages + 1
+    assert found == [request.digest for request in answers]
+    assert pages > 1
+
+
 async def test_how_far_an_audit_is_is_said_at_every_stage(auditor: Auditor, answers: list[Done]) -> None:
     first, second = answers[0], answers[1]
 

@@ -584,7 +584,7 @@ class ListVerdictsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most so many; 0 for 100, at most 1000."""
+    """At most so many; 0 for 100, at most 1000, and no more than go into 512 KiB."""
     page_token: _builtins.str
     """As the page before gave it; empty for the first."""
     outcome: _builtins.str
