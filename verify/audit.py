@@ -243,7 +243,7 @@ class _Audit:
     def activations(self) -> LevelReport:
         if self._challenge is None:
             raise NotCheckable(
-                "the provider was not asked for its fingerprints",
+                "no fingerprint of the provider was opened",
                 help="draw positions, ask the provider to open them, and audit with its answer",
             )
         receipt, openings, reference = self._material()

@@ -17,10 +17,19 @@ from countersign.cli.audit import audit, show
 from countersign.verify import merkle
 from countersign.verify.cose_receipt import prove_inclusion
 from countersign.verify.difr import load_reference
+from countersign.verify.fingerprints import commit
 from countersign.verify.keys import write_public
 from countersign.verify.log.checkpoint import Checkpoint, KeyKind, NoteKey, cosign
 from countersign.verify.log.checkpoint import sign as sign_checkpoint
-from countersign.verify.receipt import MAX_RECEIPT_BYTES, attach_proofs, sign, strip
+from countersign.verify.receipt import (
+    MAX_RECEIPT_BYTES,
+    HiddenMarkers,
+    attach,
+    attach_proofs,
+    sign,
+    strip,
+    withheld,
+)
 from countersign.verify.testing import Asked, example_receipt, generate, model_of, signing_key, write_tiny_model
 
 PROMPT = tuple(range(60, 70))
@@ -254,6 +263,27 @@ def test_a_quorum_without_a_log_is_not_checkable(case: Case, tmp_path: Path) -> 
         result = check(case, file, "--level", "form", "--witness-key", witness, "--quorum", 1)
         assert result.exit_code == 2, result.output
         assert "--log-key" in result.output
+
+
+def test_a_provider_that_does_not_answer_keeps_no_level_from_failing(case: Case, tmp_path: Path) -> None:
+    """Else whoever has signed a forged answer would only have to be silent."""
+    hidden, fingerprints = tmp_path / "hidden", tmp_path / "fingerprints"
+    receipt, openings = example_receipt(output=(9, 1, 5, 2, 8), hidden=HiddenMarkers(1, 2))
+    hidden.write_bytes(attach(strip(sign(receipt, openings, signing_key())), withheld(receipt, openings)))
+    receipt, openings = example_receipt(PROMPT, (4, 5, 6), model=model_of(load_reference(case.model, "fp32")))
+    committed = commit(receipt.request_id, [bytes(16)] * 3, openings.salt_key)
+    evidence = dataclasses.replace(receipt.evidence, activations=committed)
+    fingerprints.write_bytes(sign(dataclasses.replace(receipt, evidence=evidence), openings, signing_key()))
+    silent = ["--router", "127.0.0.1:9"]
+    for file, words, refused, failing in (
+        (hidden, ["--level", "count", "--open-hidden"], "did not open its hidden tokens", ["--billed", 6]),
+        (fingerprints, ["--level", "activations"], "did not open its fingerprints", ["--level", "tokens"]),
+    ):
+        result = check(case, file, *words, *silent)
+        assert result.exit_code == 2, result.output
+        assert refused in result.output
+        result = check(case, file, *words, *silent, *failing)
+        assert result.exit_code == 1, result.output
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from countersign.cli.generate import ROUTER_VARIABLE, router_address
+from countersign.cli.generate import ROUTER_VARIABLE
+from countersign.cli.provider import Provider
 from countersign.services.runtime.errors import CountersignError
 
 if TYPE_CHECKING:
@@ -105,12 +106,13 @@ def audit(
     try:
         data = _read(receipt)
         asked = LevelName.ACTIVATIONS in (level or ())
-        challenge = _challenge(data, positions, router, data_dir) if asked else None
-        drawn = _drawn(data, router, data_dir) if open_hidden else None
+        provider = Provider(data, router, data_dir)
+        challenge = provider.challenge(positions) if asked else None
+        drawn = provider.drawn() if open_hidden else None
         config = _config(data_dir)
         policy = _policy(_trusted_keys(key, config), log_key or (), witness_key or (), quorum, arithmetic or ())
         references = _References(model or config.auditor.model)
-        report = _report(data, challenge, drawn, billed, policy, references, level)
+        report = provider.explained(_report(data, challenge, drawn, billed, policy, references, level))
         if html is not None:
             _write_page(html, receipt.name, report, references)
     except _Unreadable as error:
@@ -149,65 +151,6 @@ def show(
     print(f"UNVERIFIED: this is what the file claims; check it with: countersign audit {receipt}")
     for line in _lines(claims, 0):
         print(line)
-
-
-def _challenge(data: bytes, count: int, router: str, data_dir: Path | None) -> Challenge | None:
-    """The fingerprints at positions that are drawn here and now, from the provider; None of what is no receipt."""
-    import asyncio
-
-    from countersign.client import Client
-    from countersign.verify import sampling
-    from countersign.verify.errors import VerificationError
-    from countersign.verify.fingerprints import Challenge
-    from countersign.verify.receipt import parse
-
-    try:
-        signed = parse(data)
-    except VerificationError:
-        return None  # the form level says so
-    if signed.receipt.evidence.activations is None:
-        return Challenge((), None)
-    beacon, population = os.urandom(sampling.DIGEST_SIZE), signed.receipt.output.tokens
-    drawn = sampling.positions("activations", beacon, signed.digest, population, count)
-
-    async def ask() -> bytes:
-        async with Client(router or router_address(data_dir)) as client:
-            return await client.activations(signed.receipt.request_id, drawn)
-
-    try:
-        return Challenge(drawn, asyncio.run(ask()))
-    except CountersignError as error:
-        raise _Unreadable(f"the provider did not open its fingerprints: {error}") from error
-
-
-def _drawn(data: bytes, router: str, data_dir: Path | None) -> Drawn | None:
-    """Hidden tokens that are drawn here and now, from the provider; None where none are left to open."""
-    import asyncio
-
-    from countersign.client import Client
-    from countersign.verify import sampling
-    from countersign.verify.coin.challenge import Demand
-    from countersign.verify.coin.counting import Drawn
-    from countersign.verify.errors import VerificationError
-    from countersign.verify.receipt import PartialOpenings, parse
-
-    try:
-        signed = parse(data)
-    except VerificationError:
-        return None  # the form level says so
-    if not isinstance(signed.openings, PartialOpenings):
-        return None
-    beacon = os.urandom(sampling.DIGEST_SIZE)
-
-    async def ask() -> tuple[int, bytes]:
-        async with Client(router or router_address(data_dir)) as client:
-            return await client.open_hidden(signed.receipt.request_id, beacon)
-
-    try:
-        leaves, openings = asyncio.run(ask())
-    except CountersignError as error:
-        raise _Unreadable(f"the provider did not open its hidden tokens: {error}") from error
-    return Drawn(beacon, Demand(leaves=leaves), openings)
 
 
 def _report(
