@@ -2,8 +2,9 @@
 
 Commit first, sample second. A provider that knew what will be looked at could be honest there and nowhere else. So the
 draw depends on a beacon that exists only once the receipts are committed: the log's own signature over a checkpoint
-that includes them. Nobody but the log can predict it, everybody can check the draw afterwards, and a log that signs
-one checkpoint in two ways to choose among draws leaves both signatures behind (witnesses cosign one note only).
+that includes them. Nobody but the log can predict it, and everybody can check the draw afterwards. The log itself can
+choose among draws, by when it cuts a checkpoint, or by signing one in secret until it likes what that draws: a log that
+the provider keeps draws for itself alone, others need one of their own (docs/adr/0025).
 
     beacon       SHA-256("countersign/beacon/v1" || u32(size of the checkpoint) || checkpoint || signature)
     seed         SHA-256("countersign/draw/v1" || u8(size of the purpose) || purpose || beacon || receipt digest)
