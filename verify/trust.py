@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -78,7 +79,7 @@ class TrustRules:
         8. Where a time is given: finished neither after it, give or take ``SKEW_MS``, nor longer ago than allowed.
         9. Where arithmetics are given: the receipt names one of them, not one with more room for errors.
         10. Each proof that a trusted log has signed leads from this receipt to the root that it signed. Proofs of other
-            logs count for nothing.
+            logs count for nothing. Two of one log and size lead to one root.
         11. A carried checkpoint is one that ``checkpoint`` believes, over the tree of one of these proofs.
         12. Where logging or a quorum is demanded: there is a proof, and with a quorum such a checkpoint.
 
@@ -173,6 +174,9 @@ class TrustRules:
                 included.append(Logged(origin, found.size, found.index, found.root))
             except Untrusted as error:
                 foreign.append(f"a proof of a log that is not trusted here ({error.evidence['signer'][:16]})")
+        for one, other in combinations(included, 2):
+            if (one.origin, one.size) == (other.origin, other.size) and one.root != other.root:
+                raise Inconsistent("the log has signed two roots for one size", size=one.size, origin=one.origin)
         return tuple(included), tuple(foreign)
 
     def _carried(self, signed: SignedReceipt, included: Sequence[Logged]) -> tuple[Signed | None, tuple[str, ...]]:

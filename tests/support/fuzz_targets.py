@@ -34,7 +34,7 @@ from countersign.verify.log.checkpoint import Checkpoint, KeyKind, NoteKey
 from countersign.verify.log.proofs import TileTree
 from countersign.verify.log.tiles import Tile, pack_entries, split_entries, split_hashes
 from countersign.verify.openings import to_cbor
-from countersign.verify.partial import open_leaves, withhold
+from countersign.verify.partial import open_leaves, opened_root, withhold
 from countersign.verify.partial import to_cbor as partial_to_cbor
 from countersign.verify.receipt import (
     ReceiptVerifier,
@@ -66,6 +66,7 @@ COMMITTED = replace(
     ),
 )
 POSITIONS = (3, 4, 20)
+RUNS = ((3, 9), (20, 21))
 SIGNED = sign(RECEIPT, OPENINGS, TARGET)
 LEAVES = [*(merkle.leaf_hash(b"entry %d" % index) for index in range(300)), merkle.leaf_hash(strip(SIGNED))]
 ROOT = merkle.root(LEAVES)
@@ -146,8 +147,8 @@ def _statement(data: bytes) -> None:
 
 
 def _leaves(data: bytes) -> None:
-    """An answer to a challenge."""
-    challenge.decode(data)
+    """An answer to a challenge for hidden tokens."""
+    opened_root(RECEIPT.request_id, RECEIPT.output.tokens, RUNS, challenge.decode(data))
 
 
 def _fingerprints(data: bytes) -> None:
@@ -260,7 +261,7 @@ def _targets() -> dict[str, Target]:
         "fingerprints": Target(_fingerprints, (_answer(),)),
         "leaves": Target(
             _leaves,
-            (challenge.encode(open_leaves(RECEIPT.request_id, range(24), OPENINGS.salt_key, [(3, 9), (20, 21)])),),
+            (challenge.encode(open_leaves(RECEIPT.request_id, range(24), OPENINGS.salt_key, RUNS)),),
         ),
     }
 

@@ -105,6 +105,16 @@ def test_a_checkpoint_with_another_root_of_the_same_size_is_an_inconsistent_log(
         rules().form(attach_proofs(RECEIPT, [proof()], checkpoint(root=bytes(32))))
 
 
+def test_two_proofs_of_one_size_with_two_roots_are_an_inconsistent_log() -> None:
+    """The receipt is in both trees, and no checkpoint is carried that would tell which one is shown to others."""
+    forked = [merkle.leaf_hash(b"forked"), *LEAVES[1:]]
+    other = cose_receipt.prove_inclusion(merkle.root(forked), 20, 11, merkle.inclusion_path(forked, 11), LOG)
+    assert rules().form(attach_proofs(RECEIPT, [other])).included
+    with pytest.raises(Inconsistent, match="two roots"):
+        rules().form(attach_proofs(RECEIPT, [proof(), other]))
+    assert len(rules().form(attach_proofs(RECEIPT, [proof(), proof(15)])).included) == 2
+
+
 def test_a_checkpoint_of_another_size_says_nothing_of_the_proof() -> None:
     found = rules().form(attach_proofs(RECEIPT, [proof()], checkpoint(19)))
     assert found.checkpoint is None
