@@ -133,7 +133,7 @@ def test_a_crash_at_any_write_of_the_disk_loses_nothing_acknowledged(
         monkeypatch.setattr(os, name, lambda *a, name=name, **n: watched(name, *a, **n))
     undisturbed = 0
     while True:
-        failing, count = failing + 2 if failing > 0 else 1, 0
+        failing, count = failing + 1 if failing > 0 else 1, 0
         folder = tmp_path / str(failing)
         acknowledged = _append_until_it_fails(folder)
         broken, failing = failing, -1
