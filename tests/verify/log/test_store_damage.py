@@ -171,19 +171,22 @@ def test_a_power_cut_after_any_sync_loses_nothing_acknowledged(tmp_path: Path, m
     """Only what was synced is left, at every moment while 840 entries go through three journals."""
     monkeypatch.setattr(store, "JOURNAL_ENTRIES", 300)
     (tmp_path / "disk").mkdir()
-    disk = Disk(tmp_path / "disk")
+    disk, published, last = Disk(tmp_path / "disk"), dict[int, bytes](), None
     with disk.watching(), TileLog.open(tmp_path / "disk" / "a" / "log") as log:
         for begin in range(0, 840, 70):
             log.append(entries(begin, begin + 70))
             disk.acknowledged = begin + 70
             if begin % 210 == 0:
                 log.publish(note_of(log))
+                published[len(disk.moments) - 1] = note_of(log)
     assert len(disk.moments) > 30
     for moment in range(len(disk.moments)):
         left = tmp_path / str(moment)
-        acknowledged = disk.left(moment, left)
+        acknowledged, last = disk.left(moment, left), published.get(moment, last)
         with TileLog.open(left / "a" / "log") as log:
             assert log.size >= acknowledged
             assert log.root() == merkle.root(leaves(log.size))
             assert [log.entry(index) for index in range(log.size)] == entries(0, log.size)
+            assert moment not in published or log.published() == last
+            assert last is None or log.published() is not None
         shutil.rmtree(left)
