@@ -121,6 +121,17 @@ def test_a_checkpoint_of_another_size_says_nothing_of_the_proof() -> None:
     assert "no proof here leads to" in found.unchecked[0]
 
 
+def test_a_checkpoint_of_another_trusted_log_of_that_size_says_nothing_of_the_proof() -> None:
+    other = NoteKey("other.example", OTHER_LOG.public_key())
+    both = rules(logs=(LOG_KEY, other), witnesses=WITNESS_KEYS)
+    for root in (merkle.root(LEAVES), bytes(32)):
+        note = cosign(
+            sign_checkpoint(Checkpoint(other.name, 20, root), OTHER_LOG), WITNESSES[0], WITNESS_KEYS[0].name, time=1
+        )
+        found = both.form(attach_proofs(RECEIPT, [proof()], note))
+        assert (found.checkpoint, found.witnesses, len(found.unchecked)) == (None, 0, 1)
+
+
 def test_witnesses_are_counted_each_once_and_only_known_ones() -> None:
     seen = rules(DEMANDING, witnesses=WITNESS_KEYS, quorum=2)
     assert len(seen.form(attach_proofs(RECEIPT, [proof()], checkpoint(witnesses=2))).checkpoint.signers) == 3  # type: ignore[union-attr]
