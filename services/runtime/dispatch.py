@@ -103,6 +103,7 @@ class Dispatcher:
             raise DeadlineExceeded(f"{method.name} arrived after its deadline", reason="EXPIRED_ON_ARRIVAL")
         request = parse_request(method.request_type, msg.data)
         bind_request(request_of(request))
+        _log.debug("a call is taken", extra={"method": f"{self._service}.{method.name}"})
         try:
             async with asyncio.timeout(call.remaining()) as scope, self._slots:
                 return method.encode(await method.function(request, call))

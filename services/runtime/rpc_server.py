@@ -184,6 +184,7 @@ class _Guard:
     def _parse(self, data: bytes) -> Message:
         request = parse_request(self.method.request_type, data)
         bind_request(request_of(request))  # each call has a task of its own
+        _log.debug("a call is taken", extra={"method": f"{self.service}/{self.method.name}"})
         return request
 
     async def _parse_each(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:

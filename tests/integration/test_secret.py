@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +22,10 @@ import pytest
 from leaks import Leaks, forms_of_ids, forms_of_text
 
 from countersign.client import Client, Finished, Tokens
-from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.config import FREE_PORTS, load
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.fetching import ask
-from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.registry import Registry
 from countersign.services.runtime.supervisor import Supervisor
 from countersign.services.runtime.telemetry.kept import read_spans
@@ -87,9 +85,13 @@ class Asked:
 
 
 @pytest.fixture(scope="module")
-async def asked(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Asked]:
-    """A stack that has answered, refused, been left and lost a target, its audits done; stopped afterwards."""
-    folder = tmp_path_factory.mktemp("secret") / "data"
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """Of a stack that has stopped."""
+    return asyncio.run(run(tmp_path_factory.mktemp("secret") / "data"))
+
+
+async def run(folder: Path) -> Asked:
+    """Answers, refusals, one answer that is left and one that loses its target; until all is audited."""
     config = load(None, {}, [f"data_dir={folder}", *FREE_PORTS, *SETTINGS])
     async with Supervisor(config) as running:
         asked = Asked(running)
@@ -111,12 +113,12 @@ async def asked(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Asked
         bus = await Bus.connect(running.nats_url, "test")
         await audited(bus, asked.closed)
         async with Registry(bus) as registry:
-            for each in registry.everybody():
+            for each in (x for x in registry.everybody() if x.metrics_address):
                 asked.metrics[each.instance] = (
                     await asyncio.to_thread(ask, f"http://{each.metrics_address}/metrics")
                 ).body
         await bus.close()
-    yield asked
+    return asked
 
 
 async def audited(bus: Bus, least: int) -> None:
