@@ -164,7 +164,6 @@ def test_it_was_looked_for_where_it_could_have_been(asked: Asked) -> None:
     for words in ('"level": "debug"', '"request_id": "drafted"', "a request was taken from its target"):
         assert words in logs
     assert {kept.span.name for kept in read_spans(folder / "traces")} >= {"answer", "audit", "tokenizer/Encode"}
-    assert len(asked.metrics) >= 8
     assert all(b"countersign_" in body for body in asked.metrics.values())
     assert len(asked.answers) == 6
     assert all(len(answer) > PIECE for answer in asked.answers)
