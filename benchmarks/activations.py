@@ -37,6 +37,7 @@ from countersign.services.engine.text import Tokenizer
 from countersign.services.target.faults import FAULTS, DishonestRunner, Fault, load_dishonest, shifted
 from countersign.verify.activations import audit_activations, states_of
 from countersign.verify.difr import Reference
+from countersign.verify.difr.detection import auc, power
 from countersign.verify.fingerprints import SEED, Challenge, commit, encode, open_positions
 from countersign.verify.receipt import Openings
 from countersign.verify.testing import SALT_KEY, example_receipt, model_of
@@ -136,18 +137,6 @@ def grouped(scores: Numbers, count: int) -> Numbers:
     return np.asarray(scores[order[:whole]].reshape(-1, count).mean(axis=1))
 
 
-def auc(positives: Numbers, negatives: Numbers) -> float:
-    """The chance that a dishonest group scores above an honest one, ties counted half (Mann and Whitney)."""
-    ranked = np.sort(negatives)
-    below = np.searchsorted(ranked, positives, "left") + np.searchsorted(ranked, positives, "right")
-    return float(below.mean() / 2 / len(ranked))
-
-
-def true_positives(positives: Numbers, negatives: Numbers, false: float = 0.01) -> float:
-    """Share of dishonest groups above all but the share ``false`` of honest ones."""
-    return float((positives > np.quantile(negatives, 1 - false, method="higher")).mean())
-
-
 @dataclass(frozen=True, slots=True)
 class Pair:
     """States of one answer, by provider and by reference (tokens, hidden)."""
@@ -242,7 +231,7 @@ def _curve(case: str, scheme: str, count: int, positives: Numbers, negatives: Nu
     """``count`` tokens a group; TOPLOC's scores are of groups already."""
     if scheme != "TOPLOC":
         positives, negatives = grouped(positives, count), grouped(negatives, count)
-    number, area = len(positives) + len(negatives), auc(positives, negatives)
+    number, area = len(positives) + len(negatives), auc(negatives, positives)
     name, _, dtype = case.partition(", ")
     least = BARS.get((name, dtype)) if (count, scheme) == (2, f"k {DEFAULT}") else None
     yield Row(
@@ -255,7 +244,7 @@ def _curve(case: str, scheme: str, count: int, positives: Numbers, negatives: Nu
         bar=None if least is None else f">= {least}",
         met=None if least is None else area >= least,
     )
-    found = true_positives(positives, negatives)
+    found = power(negatives, positives)
     yield Row("activations", f"{case}, {scheme}", f"found at 1 % false, {count} tokens", found, "share", number)
 
 

@@ -130,7 +130,7 @@ class Prepared:
 class NativeExecutor:
     """A model's weights packed for this CPU. One step at a time."""
 
-    name = "native"
+    name = "native"  # of its bits: receipts, audits (verify/difr/profile.py) and stored KV go by it
     layered = True
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What ``countersign bench activations`` rests on: states as a provider had them, and areas under curves."""
+"""What ``countersign bench activations`` rests on: states as a provider had them, and groups of tokens."""
 
 from __future__ import annotations
 
@@ -37,20 +37,6 @@ def test_a_fault_shows_in_the_distances(fault: str, prompts: list[list[int]], de
     provider = load_dishonest(FAULTS[fault], demo_models["target"], demo_models["draft"])
     pool = ACTIVATIONS.pool(provider, reference, prompts, 12, fault)
     assert np.median(pool.scores(8)) > 1e-3
-
-
-def test_the_area_is_the_chance_to_score_higher_with_ties_counted_half() -> None:
-    positives, negatives = np.array([1.0, 2.0, 2.0]), np.array([0.0, 2.0])
-    pairs = [(p > n) + 0.5 * (p == n) for p in positives for n in negatives]
-    assert ACTIVATIONS.auc(positives, negatives) == pytest.approx(sum(pairs) / len(pairs))
-    assert ACTIVATIONS.auc(positives + 9, negatives) == 1
-    assert ACTIVATIONS.auc(negatives, negatives) == 0.5
-
-
-def test_at_one_per_cent_false_as_many_honest_groups_are_above() -> None:
-    negatives = np.arange(1000.0)
-    assert ACTIVATIONS.true_positives(np.array([988.0, 989.5, 990.5, 2000.0]), negatives) == 0.5
-    assert ACTIVATIONS.true_positives(negatives, negatives) <= 0.01
 
 
 def test_groups_are_disjoint_and_leave_nothing_but_a_rest_out() -> None:

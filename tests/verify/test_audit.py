@@ -60,6 +60,16 @@ def test_a_changed_token_that_the_provider_signs_fails_at_the_tokens(reference: 
     assert report.levels[2].figures["sample_size"] == 16
 
 
+def test_an_arithmetic_that_nobody_has_measured_is_told_and_does_not_pass(reference: Reference) -> None:
+    receipt, openings = example_receipt(PROMPT, generate(reference, PROMPT, Asked(), 80), model=model_of(reference))
+    claimed = dataclasses.replace(receipt.model, dtype="bf16", build="countersign/9 abacus torch/9")
+    data = sign(dataclasses.replace(receipt, model=claimed), openings, KEY)
+    report = audit(data, trusted_keys=KEYS, reference=lambda _: reference)
+    assert outcomes(report)[-1] == ("tokens", "inconclusive")
+    assert "nobody has measured what honest answers by abacus bf16 score here" in report.levels[-1].summary
+    assert "countersign calibrate" in report.levels[-1].help
+
+
 def test_a_failed_level_ends_the_audit_before_the_model_is_loaded(honest: bytes) -> None:
     report = audit(honest[:-1], trusted_keys=KEYS, reference=never)
     assert report.verdict == "fail"

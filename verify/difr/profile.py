@@ -40,7 +40,9 @@ CONFIDENCE = 1e-3
 """Chance that a true rate is above its bound."""
 
 SAME_BITS = frozenset({"native"})
-"""Executors whose bits depend neither on the machine nor on what else is computed."""
+"""Executors whose bits depend neither on the machine nor on what else is computed. A release that changes them has to
+give them another name: audits across releases rest on it.
+"""
 
 Logits = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 Slack = Annotated[float, msgspec.Meta(ge=0, le=1)]

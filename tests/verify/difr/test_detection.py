@@ -30,6 +30,12 @@ def test_power_is_what_lies_above_all_but_a_hundredth_of_the_honest(honest: np.n
     assert found >= float((dishonest > honest.max()).mean())
 
 
+def test_at_one_per_cent_false_as_many_honest_runs_are_above() -> None:
+    honest = np.arange(1000.0)
+    assert power(honest, np.array([988.0, 989.5, 990.5, 2000.0])) == 0.5
+    assert auc(honest, honest + 1000) == 1
+
+
 def test_an_interval_holds_the_auc_and_more_runs_draw_it_closer() -> None:
     draws = np.random.default_rng(1)
     wide, narrow = (interval(draws.normal(size=size), draws.normal(size=size) + 1) for size in (30, 3000))
