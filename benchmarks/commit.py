@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from countersign.cli.bench import Row, stack_config
 from countersign.cli.prompts import heldout_prompts
+from countersign.cli.streams import throughput
 from countersign.client import Client, Tokens
 from countersign.services.engine.engine import Engine
 from countersign.services.engine.generation import Generation
@@ -229,7 +230,7 @@ async def _watching(requests: int) -> list[Row]:
             used = _processor_s(pid)
             for turn in range(TURNS + 1):
                 for on in (True, False) if turn % 2 else (False, True):
-                    speed = await _speed(addresses[on], prompts, requests)
+                    speed = await throughput(addresses[on], prompts, requests)
                     await asyncio.sleep(SETTLE_S)  # the sidecar may be behind, and would slow the other stack
                     if turn:  # the first warms up
                         speeds[on].append(speed)
@@ -250,20 +251,6 @@ def _processor_s(pid: int | None) -> float:
     """What a process has used so far, of a kernel that tells (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-async def _speed(router: str, prompts: Sequence[str], requests: int) -> float:
-    gate = asyncio.Semaphore(16)
-
-    async def one(client: Client, number: int) -> int:
-        async with gate:
-            answer = await client.complete(prompts[number % len(prompts)], max_tokens=64, ignore_eos=True, seed=number)
-            return answer.usage.output_tokens
-
-    async with Client(router) as client:
-        begin = time.perf_counter()
-        tokens = sum(await asyncio.gather(*(one(client, number) for number in range(requests))))
-        return tokens / (time.perf_counter() - begin)
 
 
 async def _ends(count: int) -> list[Row]:

@@ -184,3 +184,18 @@ def test_the_folder_holds_no_spans_where_a_collector_has_them(
     run: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     assert not list(Path(tmp_path_factory.getbasetemp()).glob("traces*/stack/traces/*"))
+
+
+async def test_a_collector_that_is_down_harms_nothing(tmp_path: Path) -> None:
+    stack = start_stack(tmp_path / "stack", "telemetry.otlp_endpoint=http://127.0.0.1:1")
+    try:
+        async with Client(stack.router) as client:
+            answers = await asyncio.gather(*(client.complete("def f(", max_tokens=8) for _ in range(40)))
+        assert all(answer.receipt for answer in answers)
+        await asyncio.sleep(4)  # several exports fail
+    finally:
+        assert stop_stack(stack) == 0
+    for log in (tmp_path / "stack" / "logs").glob("*.log"):
+        told = [line for line in log.read_text().splitlines() if "xport" in line]
+        assert len(told) <= 4, told
+    assert not list((tmp_path / "stack").glob("traces/*"))

@@ -1,0 +1,137 @@
+"""What telemetry costs: whole stacks with all of it and with none, in turns.
+
+All of it: spans (kept on this machine, as by default, or sent to a collector that does not answer) and metrics, which are
+read from every process each second. None: neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from countersign.cli.bench import Row, stack_config
+from countersign.cli.prompts import heldout_prompts
+from countersign.cli.streams import first_token_s, throughput
+from countersign.client import Client
+from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.registry import Registry
+from countersign.services.runtime.supervisor import SERVICES, Supervisor
+
+NONE = ("telemetry.spans=false", "telemetry.metrics=false")
+# Nobody listens there: reserved, and refused at once.
+DOWN = ("telemetry.otlp_endpoint=http://127.0.0.1:1",)
+SCRAPE_S = 1.0
+TURNS = 10
+ANSWERS = 96
+FIRST_TOKENS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two stacks that differ in their telemetry."""
+
+    on: Supervisor
+    off: Supervisor
+    prompts: Sequence[str]
+
+
+async def run(quick: bool) -> list[Row]:
+    """Throughput at 16 streams, time to the first token, and a collector that is down."""
+    turns, answers, firsts = (1, 16, 10) if quick else (TURNS, ANSWERS, FIRST_TOKENS)
+    async with _pair(()) as pair:
+        rows = await _throughput(pair, "spans kept here, metrics read each second", turns, answers)
+        rows += await _first_tokens(pair, firsts)
+    async with _pair(DOWN) as pair:
+        before = _resident(pair.on), _resident(pair.off)
+        rows += await _throughput(pair, "collector down, metrics read each second", turns, answers)
+        rows.append(_growth(pair, before, (turns + 1) * answers))
+    return rows
+
+
+@asynccontextmanager
+async def _pair(settings: Sequence[str]) -> AsyncIterator[Pair]:
+    with tempfile.TemporaryDirectory() as told, tempfile.TemporaryDirectory() as silent:
+        on, off = stack_config(told, *settings), stack_config(silent, *NONE)
+        prompts = [prompt.text for prompt in heldout_prompts(on.target.model.parent, 16)]
+        async with Supervisor(on) as one, Supervisor(off) as other:
+            reading = asyncio.create_task(_read_metrics(one.nats_url))
+            try:
+                yield Pair(one, other, prompts)
+            finally:
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+
+
+async def _read_metrics(nats: str) -> None:
+    """As Prometheus does, but each second."""
+    bus = await Bus.connect(nats, "bench")
+    registry = Registry(bus)
+    await registry.start()
+    try:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(SCRAPE_S)) as session:
+            while True:
+                for name in SERVICES:
+                    for instance in registry.live(name):
+                        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                            async with session.get(f"http://{instance.metrics_address}/metrics") as reply:
+                                await reply.read()
+                await asyncio.sleep(SCRAPE_S)
+    finally:
+        await registry.stop()
+        await bus.close()
+
+
+async def _throughput(pair: Pair, case: str, turns: int, answers: int) -> list[Row]:
+    speeds: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(turns + 1):
+        for on in (True, False) if turn % 2 else (False, True):
+            stack = pair.on if on else pair.off
+            speed = await throughput(stack.router_address, pair.prompts, answers)
+            await asyncio.sleep(SCRAPE_S)  # what is still to be written must not slow the other
+            if turn:  # the first warms up
+                speeds[on].append(speed)
+    cost = 1 - statistics.median(one / other for one, other in zip(speeds[True], speeds[False], strict=True))
+    what = f"16 streams, {answers} answers of 64 tokens, {case}"
+    speed = statistics.median(speeds[True])
+    return [
+        Row("observe", what, "throughput", speed, "tokens/s", turns, peer="no telemetry", ratio=1 - cost),
+        Row("observe", what, "throughput that telemetry takes", cost, "share", turns, "<= 0.03", cost <= 0.03),
+    ]
+
+
+async def _first_tokens(pair: Pair, count: int) -> list[Row]:
+    """One request at a time, at one stack and then at the other."""
+    took: dict[bool, list[float]] = {True: [], False: []}
+    async with Client(pair.on.router_address) as one, Client(pair.off.router_address) as other:
+        for number in range(count):
+            prompt = f"# {number}\n{pair.prompts[number % len(pair.prompts)]}"
+            for on in (True, False) if number % 2 else (False, True):
+                took[on].append(await first_token_s(one if on else other, prompt))
+    more = 1e3 * statistics.median(with_ - without for with_, without in zip(took[True], took[False], strict=True))
+    case = "one request at a time, spans kept here"
+    first = 1e3 * statistics.median(took[True])
+    return [
+        Row("observe", case, "time to first token, median", first, "ms", count),
+        Row("observe", case, "time to first token that telemetry adds", more, "ms", count, "<= 0.2", more <= 0.2),
+    ]
+
+
+def _growth(pair: Pair, before: tuple[int, int], answers: int) -> Row:
+    """Memory that the stack took while the collector was down, beyond what the other took for the same answers."""
+    grown = (_resident(pair.on) - before[0]) - (_resident(pair.off) - before[1])
+    return Row("observe", "collector down", f"memory of all processes after {answers} answers", grown / 2**20, "MiB", 1)
+
+
+def _resident(stack: Supervisor) -> int:
+    """Bytes, of a kernel that tells (Linux)."""
+    pids = [pid for name in SERVICES if (pid := stack.pid(name)) is not None]
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
