@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from requests_done import Done, Entry, done
 
-from countersign.services.auditor.case import Disclosed
+from countersign.services.auditor.case import CHALLENGED, Disclosed
 from countersign.services.auditor.docket import Docket, wait_ms
 from countersign.services.auditor.examiner import NICENESS, Examiner
 from countersign.services.auditor.intake import Intake
@@ -28,6 +28,7 @@ from countersign.services.runtime.rpc import Channel, RpcServer
 from countersign.v1 import auditor_pb2 as pb
 from countersign.v1.commit_pb2 import Cancelled, Closed
 from countersign.verify import cose_receipt, merkle, verdict
+from countersign.verify.activations import OTHER, SAME, Tolerance, judge
 from countersign.verify.difr import load_reference
 from countersign.verify.keys import write_public
 from countersign.verify.log import checkpoint as notes
@@ -124,6 +125,11 @@ async def test_an_honest_answer_passes_and_a_changed_token_fails(auditor: Audito
     assert levels[2][1] != "fail"
     assert await auditor.audit(answers[2]) == ("fail", [*passed[:2], ("tokens", "fail")])
     assert await auditor.audit(answers[3]) == ("inconclusive", [*passed[:2], ("tokens", "inconclusive")])
+
+
+@pytest.mark.parametrize("tolerance", [SAME, *OTHER.values()], ids=["same", *OTHER])
+def test_as_many_fingerprints_are_drawn_as_it_takes_to_pass(tolerance: Tolerance) -> None:
+    assert judge([0.0] * CHALLENGED, tolerance, complete=False).outcome == "pass"
 
 
 async def test_a_receipt_of_another_arithmetic_than_was_agreed_fails(

@@ -71,7 +71,7 @@ def audit(
     ] = None,
     positions: Annotated[
         int, typer.Option(help="Fingerprints that level activations asks the provider for.", min=1, max=512)
-    ] = 16,
+    ] = 32,
     billed: Annotated[
         int | None, typer.Option(help="Output tokens that you are charged for; must be the receipt's.", min=0)
     ] = None,
