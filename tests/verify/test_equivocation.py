@@ -9,7 +9,7 @@ from hypothesis import given
 from countersign.verify import cbor, merkle
 from countersign.verify.equivocation import Equivocation, conflict_of
 from countersign.verify.errors import BadSignature, Malformed, NotCheckable, Untrusted
-from countersign.verify.log.checkpoint import Checkpoint, NoteKey, sign
+from countersign.verify.log.checkpoint import Checkpoint, KeyKind, NoteKey, cosign, sign
 from countersign.verify.testing import signing_key
 
 ORIGIN = "log.example/receipts"
@@ -55,6 +55,28 @@ def test_no_hashes_accuse_a_log_that_only_grew(size: int, old: int, steps: list[
     assert conflict_of(checkpoint(tree[:old]), checkpoint(tree), steps) is None
     if 0 < old < size:
         assert conflict_of(checkpoint(tree[:old]), checkpoint(tree), steps_between(tree, old)) is None
+
+
+@pytest.mark.parametrize(("old", "size"), [(1, 2), (3, 5), (4, 7), (6, 8), (8, 40)])
+def test_hashes_of_no_tree_accuse_nobody_though_they_are_as_many_as_it_takes(old: int, size: int) -> None:
+    """Of a power of two the first one is the old root, of all others any will do: both roots follow, neither signed."""
+    tree = leaves(*range(size))
+    made_up = leaves(*(f"made up {place}" for place in range(len(steps_between(tree, old)))))
+    assert merkle.consistency_roots(old, size, made_up) is not None
+    assert conflict_of(checkpoint(tree[:old]), checkpoint(tree), made_up) is None
+    assert conflict_of(checkpoint(tree[:old]), checkpoint(tree), [merkle.root(tree[:old]), *made_up[1:]]) is None
+
+
+def test_two_logs_that_differ_accuse_neither_nor_does_a_witness_in_a_logs_place() -> None:
+    other = NoteKey("other.example", signing_key(2).public_key())
+    foreign = sign(Checkpoint(other.name, 3, b"f" * 32), signing_key(2))
+    with pytest.raises(Malformed, match="two logs"):
+        Equivocation(note(leaves(1, 2, 3)), foreign).verify([KEY, other])
+    witness = NoteKey("witness.example", signing_key(3).public_key(), KeyKind.WITNESS)
+    pair = [cosign(note(leaves(*last)), signing_key(3), witness.name, time=1) for last in ((1, 2), (1, 3))]
+    assert Equivocation(pair[0], pair[1]).verify([KEY, witness])
+    with pytest.raises(Untrusted):
+        Equivocation(pair[0], pair[1]).verify([witness])
 
 
 def test_two_roots_or_two_texts_of_one_size_are_evidence_by_themselves() -> None:

@@ -92,6 +92,14 @@ def test_hashes_too_many_or_too_few_are_refused() -> None:
             multiproof.root(9, [(3, 5)], leaves[3:5], wrong)
 
 
+def test_leaves_too_many_or_too_few_are_malformed() -> None:
+    leaves = leaves_of(9)
+    proof = multiproof.hashes(leaves, [(3, 5)])
+    for wrong in (leaves[3:4], leaves[3:6], []):
+        with pytest.raises(Malformed, match="not as many"):
+            multiproof.root(9, [(3, 5)], wrong, proof)
+
+
 def test_a_claimed_size_of_four_billion_costs_one_path() -> None:
     shape = list(multiproof._shape(2**32, [(2**31 + 5, 2**31 + 6)]))
     assert len(shape) == 33

@@ -17,6 +17,7 @@ from countersign.verify.coin.bill import Bill
 from countersign.verify.coin.challenge import Demand
 from countersign.verify.coin.counting import Drawn
 from countersign.verify.errors import Inconsistent, Malformed, OpeningMismatch, VerificationError
+from countersign.verify.openings import MAX_STOPS
 from countersign.verify.receipt import (
     HiddenMarkers,
     Openings,
@@ -133,6 +134,14 @@ def test_an_answer_to_a_prompt_that_ends_inside_a_thought_cannot_begin_as_visibl
     sold = partial.withhold(opened, "example-1", [(0, 2)])
     with pytest.raises(OpeningMismatch, match="begins as visible"):
         VERIFIER.count(VERIFIER.form(forge(replace(receipt, output=turned), sold)))
+
+
+def test_more_stop_strings_than_any_request_has_are_malformed() -> None:
+    """Of partial openings as of full ones."""
+    most = partial.to_cbor(replace(partial.withhold(example()[1], "example-1", [(0, 1)]), stop=("x",) * MAX_STOPS))
+    assert partial.from_cbor(most)
+    with pytest.raises(Malformed):
+        partial.from_cbor({**most, "stop": ["x"] * (MAX_STOPS + 1)})
 
 
 def test_hidden_tokens_without_markers_contradict_the_receipt() -> None:

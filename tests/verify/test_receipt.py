@@ -509,6 +509,15 @@ def test_the_verifiers_own_rules_hold_before_anything_is_signed() -> None:
         sign(dataclasses.replace(receipt, output=dataclasses.replace(receipt.output, hidden=1)), opened, KEY)
 
 
+@pytest.mark.parametrize("signed", [2, 4, 2**32 - 1])
+def test_another_number_of_prompt_tokens_than_the_opened_ones_cannot_be_billed(signed: int) -> None:
+    """The digest says which tokens the prompt has, the count beside it what is paid."""
+    receipt, opened = example_receipt()
+    billed = dataclasses.replace(receipt, request=dataclasses.replace(receipt.request, prompt_tokens=signed))
+    with pytest.raises(OpeningMismatch, match="another length"):
+        check(envelope.seal(payload.encode(billed), opened, KEY).encode())
+
+
 def test_hidden_tokens_are_counted_and_signed_for_like_the_others() -> None:
     receipt, opened = example_receipt(output=(5, 6, 4, 7), hidden=payload.HiddenMarkers(5, 4))
     assert (receipt.output.hidden, receipt.output.visible) == (3, 1)

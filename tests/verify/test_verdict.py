@@ -3,9 +3,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
+import cbor2
 import pytest
 
-from countersign.verify import sampling, statement, verdict
+from countersign.verify import cbor, equivocation, sampling, statement, verdict
 from countersign.verify.errors import BadSignature, Inconsistent, Malformed, Untrusted
 from countersign.verify.log.checkpoint import Checkpoint, KeyKind, NoteKey, cosign, sign
 from countersign.verify.testing import signing_key
@@ -51,6 +52,19 @@ def test_only_the_trusted_auditors_word_counts() -> None:
     assert changed != signed
     with pytest.raises(BadSignature):
         verdict.verify(changed, [AUDITOR.public_key()])
+
+
+def test_a_statement_of_another_kind_is_no_verdict_whatever_it_says() -> None:
+    """One key signs verdicts and evidence."""
+    body = cbor.loads(cbor2.loads(example().sign(AUDITOR)).value[2])
+    for kind in (equivocation.CONTENT_TYPE, ""):
+        with pytest.raises(Malformed, match="another kind"):
+            verdict.verify(statement.sign(body, kind, AUDITOR), [AUDITOR.public_key()])
+
+
+def test_a_statement_larger_than_any_is_refused_unread() -> None:
+    with pytest.raises(Malformed, match="larger than any statement"):
+        verdict.verify(bytes(statement.MAX_STATEMENT_BYTES + 1), [AUDITOR.public_key()])
 
 
 def test_a_receipt_that_was_not_drawn_or_not_covered_shows() -> None:
