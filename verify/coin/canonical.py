@@ -17,6 +17,7 @@ from countersign.verify.difr.statistics import binomial_tail
 HONEST_RATE = 0.02
 """Tokens in excess that sampling makes, as a share; what it is of the demo pair, ``countersign bench coin`` tells."""
 SIGNIFICANCE = 1e-3
+"""If tokens in excess were independent. They come in runs: of honest thoughts 1 in 100 is noted (``bench coin``)."""
 
 
 @dataclass(frozen=True, slots=True)
