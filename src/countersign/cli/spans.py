@@ -87,9 +87,9 @@ class RequestTrace:
 
 def trace_of(kept: Iterable[KeptSpan], wanted: str) -> RequestTrace | None:
     """What is kept of a request, by its id or by a trace's; None where that is nothing."""
+    spans = {(node.trace_id, node.span_id): node for node in map(node_of, kept)}  # a span that was written twice is one
     traces: dict[str, list[Node]] = {}
-    for one in kept:
-        node = node_of(one)
+    for node in spans.values():
         traces.setdefault(node.trace_id, []).append(node)
     own = [nodes for trace, nodes in traces.items() if trace == wanted or any(_of(node, wanted) for node in nodes)]
     if not own:
