@@ -1,7 +1,7 @@
 """What telemetry costs: whole stacks with all of it and with none, in turns.
 
-All of it: spans (kept on this machine, as by default, or sent to a collector that does not answer) and metrics, which are
-read from every process each second. None: neither.
+All of it: spans (kept on this machine, as by default, or sent to a collector that does not answer) and metrics, which
+somebody reads from every process each second. None: neither.
 """
 
 from __future__ import annotations

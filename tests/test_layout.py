@@ -1,5 +1,6 @@
 """The house: links in place, contracts fresh, everything importable from a wheel."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -23,6 +24,23 @@ def test_the_package_holds_a_link_to_each_folder_of_code(root: Path, folder: str
 def test_every_folder_with_code_is_a_package(root: Path) -> None:
     folders = {path.parent for name in LINKED for path in (root / name).rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_only_the_wiring_knows_telemetry_s_implementation(root: Path) -> None:
+    """All else uses OpenTelemetry's API and the standard logging: who embeds a part brings their own."""
+    wiring = root / "services" / "runtime" / "telemetry"
+    tops = (
+        root / "services",
+        root / "verify",
+        root / "kernels",
+        root / PACKAGE / "client.py",
+        root / PACKAGE / "batch",
+    )
+    files = {file for top in tops for file in (top.rglob("*.py") if top.is_dir() else (top,))}
+    own = re.compile(r"^\s*(from|import) (opentelemetry\.(sdk|exporter)|prometheus_client|structlog)", re.MULTILINE)
+    found = {file for file in files if own.search(file.read_text())}
+    assert found
+    assert {file for file in found if wiring not in file.parents} == set()
 
 
 def test_the_package_here_is_the_one_under_test(root: Path) -> None:

@@ -13,12 +13,10 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from opentelemetry.context import Context
-from opentelemetry.trace import SpanContext, TraceFlags
-
 from countersign.services.auditor.case import Disclosed, Missed, NotYet, case_of
 from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Audit, Ledger
+from countersign.services.auditor.tracing import request_span
 from countersign.services.protocol.commit import Entry
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.errors import CountersignError, DataLoss
@@ -27,7 +25,6 @@ from countersign.services.runtime.telemetry import tracing
 from countersign.services.runtime.telemetry.context import request_context
 from countersign.verify.audit import AuditReport, Level
 from countersign.verify.log.store import TileLog
-from countersign.verify.receipt import parse
 from countersign.verify.verdict import Finding, Verdict, beacon_of
 
 FIRST_WAIT_MS = 250
@@ -128,7 +125,7 @@ class Docket:
     async def _audited(self, drawn: _Drawn, case: Disclosed | Missed) -> list[Finding]:
         """The audit itself, in the trace of the request."""
         told: dict[str, str | int] = {names.REQUEST_ID: drawn.request_id, names.VERDICT_INDEX: drawn.audit.index}
-        with tracing.step(self._tracer, "audit", _trace_of(drawn.receipt), told) as span:
+        with tracing.step(self._tracer, "audit", tracing.parent_of(request_span(drawn.receipt)), told) as span:
             findings = await self._levels(drawn, case)
             outcome = worst(findings)
             span.set_attributes({names.RECEIPT: drawn.audit.digest.hex(), names.VERDICT: outcome})
@@ -166,16 +163,6 @@ class Docket:
         self._failures.pop(audit.index, None)
         about = {"outcome": outcome, "summary": findings[-1].summary}
         _log.log(logging.ERROR if outcome == "fail" else logging.INFO, "a receipt is audited", extra=about)
-
-
-def _trace_of(receipt: bytes) -> Context | None:
-    """Where the request's spans are, if its receipt says so."""
-    named = parse(receipt).receipt.trace
-    if named is None:
-        return None
-    flags = TraceFlags(TraceFlags.SAMPLED if named.sampled else TraceFlags.DEFAULT)
-    trace_id, span_id = int.from_bytes(named.id, "big"), int.from_bytes(named.span, "big")
-    return tracing.parent_of(SpanContext(trace_id, span_id, is_remote=True, trace_flags=flags))
 
 
 def worst(findings: Sequence[Finding]) -> str:
