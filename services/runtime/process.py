@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from countersign import __version__
 from countersign.services.runtime import config as configuration
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.call import methods_of
@@ -28,7 +29,7 @@ from countersign.services.runtime.registry import Registry
 from countersign.services.runtime.restart import MISCONFIGURED
 from countersign.services.runtime.rpc_server import RpcServer
 from countersign.services.runtime.service import Context, Create, Service
-from countersign.services.runtime.telemetry import logs, wiring
+from countersign.services.runtime.telemetry import endpoint, logs, metrics, wiring
 from countersign.v1.registry_pb2 import Instance
 
 _GRACE_S = 5.0
@@ -116,12 +117,16 @@ async def _serve(process: _Process) -> None:
             config.telemetry, service=process.name, instance=process.instance, data_dir=config.data_dir
         )
         undo.push_async_callback(asyncio.to_thread, wired.close)
+        served = endpoint.start(config, service=process.name, instance=process.instance)
+        undo.push_async_callback(asyncio.to_thread, served.close)
         bus = await _connect(process)
+        metrics.observe(metrics.BUS_DROPPED, lambda: bus.dropped)
         undo.push_async_callback(bus.close)
         await wired.join(bus)
         journal = Journal(bus)
         await journal.ensure_streams(config.nats)
         registry = await undo.enter_async_context(Registry(bus, replicas=config.nats.replicas))
+        served.discover = registry.everybody
         context = Context(
             config=config,
             bus=bus,
@@ -136,7 +141,7 @@ async def _serve(process: _Process) -> None:
         undo.push_async_callback(service.close)
         background: list[asyncio.Task[None]] = []
         undo.push_async_callback(_cancel, background)  # once the last handler, which may need it, has ended
-        await _open(process, context, service, undo)
+        await _open(process, context, service, undo, served.address)
         background += [
             asyncio.create_task(service.run(), name="service.run"),
             asyncio.create_task(bus.wait_closed(), name="bus closed"),
@@ -155,7 +160,9 @@ async def _connect(process: _Process) -> Bus:
     return await Bus.connect(url, process.instance)
 
 
-async def _open(process: _Process, context: Context, service: Service, undo: contextlib.AsyncExitStack) -> None:
+async def _open(
+    process: _Process, context: Context, service: Service, undo: contextlib.AsyncExitStack, metrics_address: str
+) -> None:
     """Serve both transports, then tell the others. Undone in reverse: withdrawn first."""
     server = RpcServer(getattr(process.config, process.name).listen)
     server.add(service)
@@ -170,6 +177,8 @@ async def _open(process: _Process, context: Context, service: Service, undo: con
         address=process.address,
         pid=os.getpid(),
         started_unix_ms=wall_ms(),
+        version=__version__,
+        metrics_address=metrics_address,
     )
     await context.registry.announce(record, service.describe)
     undo.push_async_callback(context.registry.withdraw)

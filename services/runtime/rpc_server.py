@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 from opentelemetry.trace import Span, Tracer, TracerProvider
 
+from countersign.services.runtime.addresses import announced
 from countersign.services.runtime.call import Call, Method, methods_of, parse_request
 from countersign.services.runtime.errors import (
     CountersignError,
@@ -43,7 +43,6 @@ _OPTIONS = (
     # Otherwise a second process may take the same port, and each gets some of the calls.
     ("grpc.so_reuseport", 0),
 )
-_WILDCARDS = frozenset({"0.0.0.0", "[::]"})  # noqa: S104  compared with, not bound to
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -108,8 +107,7 @@ class RpcServer:
                 listen=self._listen,
             ) from None
         await self._server.start()
-        host = self._listen.rpartition(":")[0]
-        return f"{_own_address() if host in _WILDCARDS else host}:{port}"
+        return announced(self._listen, port)
 
     async def set_serving(self, serving: bool) -> None:
         """Set the health of each service and of the whole."""
@@ -260,7 +258,3 @@ def _call(context: _Context) -> Call:
     remaining: float | None = context.time_remaining()  # None without deadline, whatever the stubs say
     timeout = DEFAULT_TIMEOUT_S if remaining is None else min(remaining, DEFAULT_TIMEOUT_S)
     return Call(int((time.time() + timeout) * 1000), "grpc")
-
-
-def _own_address() -> str:
-    return socket.gethostbyname(socket.gethostname())

@@ -1,0 +1,196 @@
+"""Serves a process's metrics over HTTP: /metrics for Prometheus, /targets to tell it where all processes serve theirs.
+
+It has threads of its own, so that a scrape takes its turns beside the event loop and never stops it. Nothing is wired
+where ``telemetry.metrics`` is false: the API's instruments then do nothing, and the SDK is not even imported.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from socketserver import TCPServer, ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from countersign import __version__
+from countersign.services.runtime.addresses import announced, split
+from countersign.services.runtime.config import Config
+from countersign.services.runtime.errors import FailedPrecondition
+from countersign.v1.registry_pb2 import Instance, TargetRole
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+ROUTER = "router"
+# Calls at once; more wait in the system's queue.
+MOST_CALLS = 8
+# A peer that says nothing for so long is let go.
+PATIENCE_S = 5.0
+_POLL_S = 0.1
+
+Discover = Callable[[], Iterable[Instance]]
+
+
+def nobody() -> list[Instance]:
+    """Before the registry is there."""
+    return []
+
+
+@dataclass(slots=True)
+class Served:
+    """What serves, and where (empty: nowhere). ``discover`` gives the live instances, from any thread."""
+
+    address: str = ""
+    discover: Discover = nobody
+    _server: _Server | None = None
+    _thread: threading.Thread | None = None
+
+    def close(self) -> None:
+        """Stop listening. Calls in hand end with the process."""
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._thread.join()
+            self._server.server_close()
+            self._server = None
+
+
+def start(config: Config, *, service: str, instance: str) -> Served:
+    """Serve the metrics of this process, if that is wanted, and make the SDK count them.
+
+    Raises:
+        FailedPrecondition: reason ADDRESS_UNUSABLE.
+    """
+    if not config.telemetry.metrics:
+        return Served()
+    from prometheus_client.exposition import make_wsgi_app
+
+    key, listen = "telemetry.metrics_listen", config.telemetry.metrics_listen
+    if service == ROUTER:
+        key, listen = "router.metrics_listen", config.router.metrics_listen
+    server = _listening(key, listen)
+    served = Served(announced(listen, server.server_port), _server=server)
+    scrape = make_wsgi_app(_count(config.telemetry.service_namespace, service, instance))
+    server.set_app(_paths(scrape, served))
+    served._thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True)
+    served._thread.start()
+    return served
+
+
+def targets(instances: Iterable[Instance]) -> list[dict[str, object]]:
+    """Prometheus's http_sd: one group for each instance that serves metrics."""
+    return [
+        {
+            "targets": [each.metrics_address],
+            "labels": {"service": each.service, "instance": each.instance, "role": _role(each)},
+        }
+        for each in instances
+        if each.metrics_address
+    ]
+
+
+def _role(instance: Instance) -> str:
+    """Of a target; other services have none."""
+    name: str = TargetRole.Name(instance.role)
+    return name.removeprefix("TARGET_ROLE_").lower() if instance.role else ""
+
+
+def _count(namespace: str, service: str, instance: str) -> Any:
+    """From now on what is recorded is counted; the registry that tells it."""
+    from opentelemetry import metrics
+    from opentelemetry.sdk.metrics import MeterProvider, TraceBasedExemplarFilter
+    from opentelemetry.sdk.resources import Resource
+    from prometheus_client import CollectorRegistry, ProcessCollector
+    from prometheus_client.core import InfoMetricFamily
+
+    from countersign.services.runtime.telemetry import exposition
+    from countersign.services.runtime.telemetry.metrics import TABLE
+
+    who = {
+        "service.name": service,
+        "service.namespace": namespace,
+        "service.instance.id": instance,
+        "service.version": __version__,
+    }
+    reader = exposition.PrometheusReader()
+    provider = MeterProvider(
+        metric_readers=[reader],
+        resource=Resource.create(who),
+        exemplar_filter=TraceBasedExemplarFilter(),
+        shutdown_on_exit=False,
+        views=exposition.views(TABLE),
+    )
+    metrics.set_meter_provider(provider)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(exposition.Families(reader))
+    ProcessCollector(registry=registry)
+    info = InfoMetricFamily("target", "who this is", {key.replace(".", "_"): value for key, value in who.items()})
+    registry.register(exposition.Constant([info]))
+    return registry
+
+
+def _paths(scrape: WSGIApplication, served: Served) -> WSGIApplication:
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path, read = environ.get("PATH_INFO"), environ.get("REQUEST_METHOD") == "GET"
+        if path == "/metrics":
+            return scrape(environ, start_response)
+        if path == "/targets" and read:
+            start_response("200 OK", [("Content-Type", "application/json")])
+            return [json.dumps(targets(served.discover())).encode()]
+        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+        return [b"there are /metrics and /targets\n"]
+
+    return answer
+
+
+def _listening(key: str, listen: str) -> _Server:
+    host, port = split(listen)
+    try:
+        return _Server(host, port)
+    except (OSError, OverflowError) as error:
+        raise FailedPrecondition(
+            f"cannot listen on {listen}: {getattr(error, 'strerror', None) or error}",
+            reason="ADDRESS_UNUSABLE",
+            help=f"set {key} to another address, or to port 0 for any free one; telemetry.metrics=false serves none",
+            listen=listen,
+        ) from None
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread a call, ``MOST_CALLS`` at most; each call is one exchange."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._free = threading.BoundedSemaphore(MOST_CALLS)
+        super().__init__((host, port), _Handler)
+
+    def server_bind(self) -> None:
+        """As WSGIServer, but for the look-up of this host's name, which may take seconds."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._free.acquire()
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A peer that went away, or fell silent."""
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = PATIENCE_S
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the library's word
+        """A scrape is no news."""
