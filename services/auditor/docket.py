@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Protocol
 from countersign.services.auditor.case import Disclosed, Missed, NotYet, case_of
 from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Audit, Ledger
+from countersign.services.auditor.metering import AuditMeter
 from countersign.services.auditor.tracing import request_span
 from countersign.services.protocol.commit import Entry
 from countersign.services.protocol.subjects import commit_subject
@@ -83,6 +85,7 @@ class Docket:
         self._wall_ms = wall_ms
         self._failures: Counter[int] = Counter()
         self._tracer = tracing.tracer()
+        self._meter = AuditMeter()
 
     async def next(self) -> bool:
         """One audit, if one is due; whether there was one.
@@ -126,7 +129,9 @@ class Docket:
         """The audit itself, in the trace of the request."""
         told: dict[str, str | int] = {names.REQUEST_ID: drawn.request_id, names.VERDICT_INDEX: drawn.audit.index}
         with tracing.step(self._tracer, "audit", tracing.parent_of(request_span(drawn.receipt)), told) as span:
+            began = time.monotonic()
             findings = await self._levels(drawn, case)
+            self._meter.audited(time.monotonic() - began)
             outcome = worst(findings)
             span.set_attributes({names.RECEIPT: drawn.audit.digest.hex(), names.VERDICT: outcome})
             if outcome == "fail":
@@ -160,6 +165,8 @@ class Docket:
             audited_unix_ms=self._wall_ms(),
         )
         self._ledger.decided(audit.index, outcome, verdict.sign(self._keys.verdicts))
+        signed_ms = parse(drawn.receipt).receipt.usage.finished_unix_ms
+        self._meter.decided(outcome, findings, (verdict.audited_unix_ms - signed_ms) / 1000)
         self._failures.pop(audit.index, None)
         about = {"outcome": outcome, "summary": findings[-1].summary}
         _log.log(logging.ERROR if outcome == "fail" else logging.INFO, "a receipt is audited", extra=about)

@@ -26,6 +26,7 @@ from countersign.services.auditor.following import Follower
 from countersign.services.auditor.intake import Intake
 from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Ledger
+from countersign.services.auditor.metering import AuditMeter
 from countersign.services.auditor.notary import Notary, stated
 from countersign.services.auditor.outbox import Outbox
 from countersign.services.auditor.peers import NOBODY, Others
@@ -47,6 +48,7 @@ from countersign.services.runtime.errors import (
 )
 from countersign.services.runtime.journal import RECEIPTS
 from countersign.services.runtime.service import Call, Context
+from countersign.services.runtime.telemetry import metrics
 from countersign.v1 import auditor_pb2
 from countersign.v1.auditor_pb2 import (
     AuditRequest,
@@ -157,6 +159,7 @@ class AuditorService:
         self._cosigners = Cosigners(books.log, books.ledger, self._notary, others.witnesses)
         if others.follow:
             site.add_post("/add-checkpoint", partial(add_checkpoint, self._witness))
+        self._meter = AuditMeter()
         self._work: list[Callable[[], Awaitable[None]]] = []
         self._drawn, self._signed, self._uncosigned = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -265,6 +268,7 @@ class AuditorService:
             deliveries = await consumer.fetch(BATCH, min(LOOK_S, self._config.checkpoint_s))
             if deliveries:
                 taken = await self._asked(self._intake.take, [delivery.data for delivery in deliveries])
+                self._meter.taken(taken)
                 for place in taken.later:
                     await consumer.postpone(deliveries[place], NO_KEY_S)
                 done = [delivery for place, delivery in enumerate(deliveries) if place not in taken.later]
@@ -343,6 +347,9 @@ async def create(context: Context) -> AuditorService:
         await service.close()
         raise
     journal, ledger, keys = context.journal, books.ledger, books.keys
+    metrics.observe(metrics.LOG_SIZE, lambda: books.log.size)
+    metrics.observe(metrics.AUDITS_WAITING, lambda: ledger.counts().waiting)
+    metrics.observe(metrics.EQUIVOCATIONS, lambda: ledger.counts().conflicts)
     docket = Docket(books.log, ledger, keys, journal.read, examiner.audit, wall_ms)
     receipts = partial(Consumer.open, context.bus, RECEIPTS, f"auditor-{keys.log_name}")
     service.works(receipts, docket, Outbox(journal, ledger, keys))

@@ -15,7 +15,7 @@ from countersign.services.engine.errors import CheckpointError, EngineError
 from countersign.services.engine.sampling import Sampling
 from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument, translated
 from countersign.services.runtime.service import Call, Context
-from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry import metrics, tracing
 from countersign.v1 import draft_pb2
 from countersign.v1.draft_pb2 import (
     ForgetRequest,
@@ -42,6 +42,7 @@ class DraftService:
         self._vocabulary_size = vocabulary_size
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
         self._spans = DraftSpans(tracing.tracer())
+        self._batches = metrics.histogram(metrics.DRAFT_BATCH_DURATION)
 
     async def run(self) -> None:
         await asyncio.Event().wait()
@@ -61,6 +62,7 @@ class DraftService:
         self._spans.asked(request.sequences)
         loop, before, began = asyncio.get_running_loop(), self._proposer.reused, time.monotonic()
         results = await loop.run_in_executor(self._thread, self._proposer.propose, asks)
+        self._batches.record(time.monotonic() - began)
         if self._proposer.reused > before:
             self._log.info("KV of ended requests was taken", extra={"tokens": self._proposer.reused - before})
         response = ProposeResponse()
@@ -120,4 +122,7 @@ async def create(context: Context) -> DraftService:
         reuse = None
         if config.reuse != "off":
             reuse = Reuse(model, cache, config.reuse_share if config.reuse == "blend" else 0.0)
-    return DraftService(Proposer(model, cache, config.margin, reuse), model.config.vocabulary_size, context.log)
+    proposer = Proposer(model, cache, config.margin, reuse)
+    metrics.observe(metrics.DRAFT_SEQUENCES, lambda: proposer.sequences)
+    metrics.observe(metrics.DRAFT_REUSED, lambda: proposer.reused)
+    return DraftService(proposer, model.config.vocabulary_size, context.log)

@@ -9,6 +9,7 @@ from hashlib import sha256
 from google.protobuf.descriptor import ServiceDescriptor
 
 from countersign.services.kv.disk import Disk
+from countersign.services.kv.metering import observe_store
 from countersign.services.kv.mover import in_ram
 from countersign.services.kv.peers import Peers
 from countersign.services.kv.store import POLICIES, BlockStore, Place
@@ -270,6 +271,7 @@ async def create(context: Context) -> KvService:
         context.log.info("blocks from disk", extra={"blocks": restored})
     memory = MemoryServer(context.instance, store.arena.memory, store.draw)
     memory.start()
+    observe_store(store)
     peers = Peers(store, context.registry, context.instance, context.log) if config.peers else None
     return KvService(store, context.address, memory, peers)
 

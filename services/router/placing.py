@@ -22,6 +22,7 @@ from countersign.services.runtime.errors import (
 )
 from countersign.services.runtime.service import Context
 from countersign.services.runtime.telemetry import attributes as names
+from countersign.services.runtime.telemetry import metrics
 from countersign.v1.sampling_pb2 import FinishReason
 from countersign.v1.target_pb2 import StartRequest, StartResponse
 
@@ -39,6 +40,7 @@ class Placer:
         self._bus, self._journal, self._registry = context.bus, context.journal, context.registry
         self._instance, self._log = context.instance, context.log
         self._splitter = Splitter(context)
+        self._takeovers = metrics.counter(metrics.TAKEOVERS)
 
     async def place(self, opener: Opener) -> None:
         """Assign the request to a target that takes it; where none does, close it and raise why.
@@ -103,6 +105,7 @@ class Placer:
             span.set_attribute(names.KEEP, True)
         about = {"request_id": log.request_id, "target": log.instance, "epoch": log.epoch, "tokens": len(log.tokens)}
         if refusal is None:
+            self._takeovers.add(1)
             self._log.warning("a request was taken from its target", extra=about)
         else:
             self._log.warning("no target takes a request over, trying on", extra=about | {"reason": refusal.reason})

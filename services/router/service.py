@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
 from google.protobuf.descriptor import ServiceDescriptor
@@ -21,6 +21,7 @@ from countersign.services.protocol.subjects import commit_subject, request_of
 from countersign.services.router import admission
 from countersign.services.router.drawing import Draws
 from countersign.services.router.following import Follower
+from countersign.services.router.metering import RequestMeter
 from countersign.services.router.placing import Placer
 from countersign.services.router.receipts import Receipts
 from countersign.services.router.text import Text
@@ -41,7 +42,7 @@ from countersign.services.runtime.errors import (
 from countersign.services.runtime.journal import Entry
 from countersign.services.runtime.service import Call, Context
 from countersign.services.runtime.telemetry import attributes as names
-from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry import metrics, tracing
 from countersign.services.runtime.telemetry.context import bind_request, request_context
 from countersign.services.runtime.telemetry.generation import GenerationSpan
 from countersign.v1 import router_pb2
@@ -64,6 +65,7 @@ from countersign.v1.router_pb2 import (
     OpenHiddenResponse,
     ResumeRequest,
     ResumeResponse,
+    StreamEvent,
     TokenizeRequest,
     TokenizeResponse,
 )
@@ -96,8 +98,14 @@ class RouterService:
         self._active = 0
         self._tracer = tracing.tracer()
         self._content = context.config.telemetry.content
+        self._meter = RequestMeter()
         self._background = Background()
         self._orphans = Background()
+
+    @property
+    def active(self) -> int:
+        """Requests whose client waits."""
+        return self._active
 
     async def run(self) -> None:
         """See to the requests that a router left behind: nobody else may be following them."""
@@ -132,6 +140,13 @@ class RouterService:
 
     async def Generate(self, request: GenerateRequest, call: Call) -> AsyncIterator[GenerateResponse]:
         """Raises what ``admission`` raises, ResourceExhausted when full, AlreadyExists for a request id in use."""
+        with self._meter.request() as measured:
+            async with aclosing(self._generate(request)) as events:
+                async for event in events:
+                    measured.saw(event)
+                    yield GenerateResponse(event=event)
+
+    async def _generate(self, request: GenerateRequest) -> AsyncGenerator[StreamEvent, None]:
         if self._active >= self._config.max_requests:
             raise ResourceExhausted(
                 f"this router has {self._config.max_requests} open requests",
@@ -157,7 +172,7 @@ class RouterService:
                 async for event in events:
                     finished = event.HasField("finished")
                     generation.sees(event)
-                    yield GenerateResponse(event=event)
+                    yield event
         except (GeneratorExit, asyncio.CancelledError):
             generation.left()
             raise
@@ -380,4 +395,7 @@ def _unknown(request_id: str) -> NotFound:
 
 async def create(context: Context) -> RouterService:
     """A router needs nothing but the bus."""
-    return RouterService(context)
+    service, most = RouterService(context), context.config.router.max_requests
+    metrics.observe(metrics.REQUESTS_OPEN, lambda: service.active)
+    metrics.observe(metrics.REQUESTS_LIMIT, lambda: most)
+    return service

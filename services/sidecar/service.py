@@ -17,7 +17,6 @@ from pathlib import Path
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError
 from nats.aio.msg import Msg
-from opentelemetry import metrics
 
 from countersign.files import write_atomically
 from countersign.services.protocol.errors import BrokenChain
@@ -26,6 +25,7 @@ from countersign.services.runtime.announcer import EVENTS
 from countersign.services.runtime.clock import wall_ms
 from countersign.services.runtime.errors import CountersignError, NotFound
 from countersign.services.runtime.service import Call, Context
+from countersign.services.runtime.telemetry import metrics
 from countersign.services.sidecar.watch import MOST_FAULTS, Watch, Watched
 from countersign.v1 import sidecar_pb2
 from countersign.v1.event_pb2 import ProtocolEvents
@@ -64,8 +64,12 @@ class SidecarService:
         self._violations: deque[Violation] = deque(maxlen=MOST_FAULTS)
         self._violation_count = 0
         self._dropped = 0
-        meter = metrics.get_meter("countersign")
-        self._counter = meter.create_counter("countersign.protocol.violations", unit="{violation}")
+        self._counter = metrics.counter(metrics.VIOLATIONS)
+
+    @property
+    def watched(self) -> int:
+        """Requests so far."""
+        return self._watch.seen
 
     async def run(self) -> None:
         """Watch for ever."""
@@ -206,7 +210,7 @@ class SidecarService:
             )
             self._violations.append(violation)
             self._violation_count += 1
-            self._counter.add(1, {"countersign.property": fault.property})
+            self._counter.add(1, {metrics.PROPERTY: fault.property})
             about = {"request_id": violation.request_id, "property": violation.property, "evidence": evidence}
             self._log.error("the protocol is violated", extra=about | {"what": violation.what})
             try:
@@ -235,4 +239,6 @@ class SidecarService:
 async def create(context: Context) -> SidecarService:
     """It needs nothing but the bus and a folder, and stands back for those whose work it watches."""
     os.nice(NICENESS)
-    return SidecarService(context, context.config.data_dir)
+    service = SidecarService(context, context.config.data_dir)
+    metrics.observe(metrics.WATCHED, lambda: service.watched)
+    return service

@@ -15,6 +15,7 @@ from countersign.services.protocol.subjects import commit_subject, receipt_subje
 from countersign.services.runtime.announcer import NOBODY, Announcer
 from countersign.services.runtime.errors import CountersignError, DeadlineExceeded, Unavailable
 from countersign.services.runtime.journal import Journal, WrongSequence
+from countersign.services.target.metering import CommitMeter
 from countersign.services.target.receipts import ReceiptMaker
 from countersign.services.target.session import Session
 from countersign.v1.event_pb2 import ReceiptMade
@@ -54,6 +55,7 @@ class Committer:
         self._wake = wake
         self._log = log
         self._announcer = announcer
+        self._meter = CommitMeter()
 
     async def run(self, session: Session, changed: asyncio.Event) -> None:
         """Commit until the end. ``changed`` is set whenever a pass was added or ``finish`` was set."""
@@ -82,12 +84,12 @@ class Committer:
                 changed.clear()
                 await changed.wait()
                 continue
-            sampled = session.uncommitted[0]
+            sampled, first = session.uncommitted[0], writer.log.epoch_passes == 0
             effect = writer.extend(
                 sampled.token_ids,
                 drafted=sampled.drafted,
                 accepted=sampled.accepted,
-                cached_prompt_tokens=session.generation.cached if writer.log.epoch_passes == 0 else 0,
+                cached_prompt_tokens=session.generation.cached if first else 0,
                 fingerprints=b"".join(sampled.fingerprints),
             )
             began = asyncio.get_running_loop().time()
@@ -97,6 +99,8 @@ class Committer:
                 return True
             session.trace.committed(session.uncommitted.popleft(), asyncio.get_running_loop().time() - began)
             self._wake()
+            if first:
+                self._meter.began(session.prompt_tokens, session.generation.cached)
             if not isinstance(final, Settled):
                 about = {"request_id": session.request_id, "outcome": repr(final)}
                 self._log.info("a request went elsewhere", extra=about)
@@ -154,6 +158,7 @@ class Committer:
             return await self._journal.append(subject, data, expected=expected, timeout=PUBLISH_TIMEOUT_S)
 
         await self._patiently(publish)
+        self._meter.receipt()
         made = ReceiptMade(
             epoch=session.writer.epoch,
             receipt_sha256=digest,
@@ -164,13 +169,15 @@ class Committer:
         return digest
 
     async def _settle(self, session: Session, effect: Append | ReadTail | None) -> Final:
-        writer, first = session.writer, [effect]
+        writer, first, began = session.writer, [effect], asyncio.get_running_loop().time()
 
         async def go_on() -> Final:
             await self._announcer.announce()  # what an outage has kept back, for this record rests on it
             return await settle(writer, first.pop() if first else ReadTail(writer.log.sequence), self._journal)
 
-        return await self._patiently(go_on)
+        final = await self._patiently(go_on)
+        self._meter.settled(final, asyncio.get_running_loop().time() - began)
+        return final
 
     async def _patiently(self, action: Callable[[], Awaitable[T]]) -> T:
         """Try again while the log cannot be reached. Raises the last error after ``GIVE_UP_S``."""

@@ -6,6 +6,7 @@ Whatever goes wrong there costs speed only.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
@@ -14,6 +15,7 @@ from countersign.services.engine.speculation import Draft
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.config import DraftConfig
 from countersign.services.runtime.errors import CountersignError
+from countersign.services.runtime.telemetry import metrics
 from countersign.services.target.backoff import Backoff
 from countersign.services.target.session import Session
 from countersign.v1.draft_pb2 import DraftSequence, ForgetRequest, ForgetResponse, ProposeRequest, ProposeResponse
@@ -35,6 +37,7 @@ class Drafts:
         self._vocabulary_size = vocabulary_size
         self._backoff = Backoff(clock)
         self._log = log
+        self._calls = metrics.histogram(metrics.DRAFT_DURATION)
         self._held: dict[str, int] = {}
         self._lookups: dict[str, Lookup] = {}
 
@@ -58,6 +61,7 @@ class Drafts:
         """From the draft service; {} when it does not answer."""
         if not asks or self._backoff.resting:
             return {}
+        began = time.monotonic()
         try:
             response = await self._bus.call(
                 "draft", "Propose", ProposeRequest(sequences=asks), ProposeResponse, timeout=TIMEOUT_S
@@ -65,9 +69,11 @@ class Drafts:
         except CountersignError as error:
             self._backoff.failed()
             self._held.clear()
+            self._calls.record(time.monotonic() - began, {metrics.ERROR: error.reason})
             self._log.warning("the draft does not answer, going on without", extra={"reason": error.reason})
             return {}
         self._backoff.answered()
+        self._calls.record(time.monotonic() - began)
         return self._results(asks, response)
 
     async def forget(self, request_id: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -19,6 +20,7 @@ from countersign.services.runtime.errors import DeadlineExceeded, Internal
 from countersign.services.runtime.telemetry import tracing
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
+from countersign.services.target.metering import PassMeter
 from countersign.services.target.passes import Pass, Timing
 from countersign.services.target.prefilling import PrefillJob, no_store
 from countersign.services.target.prefixes import Prefixes, PrefixKeys
@@ -64,6 +66,7 @@ class TargetLoop:
         self._wall_ms = wall_ms
         self._log = log
         self._announcer = announcer
+        self._meter = PassMeter(engine)
         self._sampled: list[ProtocolEvent] = []
         self._sessions: dict[str, Session] = {}
         self._prefills: dict[str, PrefillJob] = {}
@@ -181,6 +184,7 @@ class TargetLoop:
             ran = await self._in_thread(self._engine.run, step, loading)
             seconds = asyncio.get_running_loop().time() - began
             self._measure(step, ran, seconds)
+        self._meter.ran(step, ran, seconds)
         for name in loading:
             job = self._jobs().get(name)
             if job is not None:  # else it left meanwhile
@@ -203,8 +207,13 @@ class TargetLoop:
             if name in self._sessions:
                 self._sessions[name].trace.preempted()
         for name in step.plan.admitted:
-            if name in self._sessions:
-                self._sessions[name].trace.enters(PREFILL if self._prefixes is None else PREFIX)
+            session = self._sessions.get(name)
+            if session is None:
+                continue
+            session.trace.enters(PREFILL if self._prefixes is None else PREFIX)
+            if session.queued_since is not None:
+                self._meter.admitted(time.monotonic() - session.queued_since)
+                session.queued_since = None
 
     def _measure(self, step: Step, ran: Ran, seconds: float) -> None:
         """What a block takes to compute, from passes of prompts alone: the store keeps longer what is dearer."""

@@ -42,12 +42,13 @@ from countersign.services.runtime.errors import (
 )
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.service import Call, Context
-from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry import metrics, tracing
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
 from countersign.services.target.faults import FAULTS, DishonestRunner, Dishonesty, load_dishonest
 from countersign.services.target.hiding import markers
 from countersign.services.target.loop import TargetLoop
+from countersign.services.target.metering import observe_engine
 from countersign.services.target.prefilling import PrefillJob, prefill_id
 from countersign.services.target.prefixes import Prefixes, PrefixKeys
 from countersign.services.target.receipts import ReceiptMaker
@@ -372,6 +373,8 @@ async def create(context: Context) -> TargetService:
     drafts = Drafts(context.bus, context.config.draft, model.config.vocabulary_size, time.monotonic, context.log)
     announcer = Announcer(context.bus if context.config.sidecar.enabled else None, context.instance)
     loop = TargetLoop(engine, drafts, prefixes, keys, wall_ms=wall_ms, log=context.log, announcer=announcer)
+    observe_engine(engine, model.executor, config.max_requests)
+    metrics.observe(metrics.PENDING_PROMPT, lambda: loop.pending_prompt_tokens)
     maker = ReceiptMaker(key, info, build, config.kv_wire if config.kv_store else "exact")
     committer = Committer(context.journal, maker, wall_ms, loop.wake, context.log, announcer)
     return TargetService(

@@ -69,6 +69,10 @@ class RankedExecutor:
     def group(self) -> RankGroup:
         return self._group
 
+    def sent(self) -> dict[str, float]:
+        """Bytes between ranks since the start, by direction."""
+        return {"forward": self._group.sent.forward, "back": self._group.sent.back}
+
     def run(self, cache: PagedCache, spans: Sequence[Span], after_layer: AfterLayer | None = None) -> Computed:
         """As :meth:`NativeExecutor.run`, without ``after_layer``.
 

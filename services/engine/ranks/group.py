@@ -19,7 +19,7 @@ from typing import TypeVar
 from countersign.services.engine.config import Dtype
 from countersign.services.engine.errors import RankLost
 from countersign.services.engine.ranks.placement import Placement
-from countersign.services.engine.ranks.rank import Result, Step
+from countersign.services.engine.ranks.rank import Result, Sent, Step
 from countersign.services.engine.ranks.worker import (
     START_S,
     Answer,
@@ -51,6 +51,7 @@ class RankGroup:
     """Starts with the first call, and anew with the first one after a failure and ``renew``.
 
     ``pages``: of the whole cache, page 0 included. ``timeout``: seconds that a step may take.
+    ``sent``: between all ranks, since the start.
     """
 
     placement: Placement
@@ -59,6 +60,7 @@ class RankGroup:
     threads: int
     pages: int
     timeout: float
+    sent: Sent = field(default_factory=Sent)
     _members: list[_Member] = field(default_factory=list)
     _waiting: list[list[Command]] = field(default_factory=list)
     _lost: bool = False
@@ -105,7 +107,9 @@ class RankGroup:
             RankLost: see there; the others are ended too.
         """
         answers = self._ask(dict.fromkeys(range(self.placement.ranks), step), Result)
-        return [answers[rank] for rank in range(self.placement.ranks)]
+        results = [answers[rank] for rank in range(self.placement.ranks)]
+        self.sent = sum((result.sent for result in results), self.sent)
+        return results
 
     def export(self, rank: int, page: int) -> bytes:
         """Raises:

@@ -30,15 +30,30 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """Bytes that left a rank: queries passed on to the next one, and partials sent home to those who asked."""
+
+    forward: int = 0
+    back: int = 0
+
+    def __add__(self, other: Sent) -> Sent:
+        return Sent(self.forward + other.forward, self.back + other.back)
+
+
+NOTHING = Sent()
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """The rank's wanted rows: (span, first position, how many) in order, their logits (n, vocabulary) and states (n,
-    hidden). ``bad_layer``: the first whose output is not finite here, -1 for none.
+    hidden). ``bad_layer``: the first whose output is not finite here, -1 for none. ``sent``: what it took.
     """
 
     rows: Sequence[tuple[int, int, int]]
     logits: NDArray[np.float32]
     states: NDArray[np.float32]
     bad_layer: int = -1
+    sent: Sent = NOTHING
 
 
 def join(results: Sequence[Result]) -> Computed:
@@ -96,7 +111,7 @@ class Rank:
                 bad_layer = layer
         wanted = [(one.span, one.positions.end - one.wanted, one.wanted) for one in rows if one.wanted]
         computed = shard.computed()
-        return Result(wanted, computed.logits.numpy(), computed.states.numpy(), bad_layer)
+        return Result(wanted, computed.logits.numpy(), computed.states.numpy(), bad_layer, attention.sent)
 
     def _own(self, tables: NDArray[np.int32]) -> NDArray[np.int32]:
         """The pages that are here, 0 in place of the others."""
@@ -109,6 +124,10 @@ def _tokens(step: Step, rows: Rows) -> Sequence[int]:
     return step.token_ids[rows.span][rows.positions.first - base : rows.positions.end - base]
 
 
+def _bytes(sends: Sequence[Send]) -> int:
+    return sum(send.tensor.nbytes for send in sends)
+
+
 class _Attention:
     """The attention of one step over all ranks; ``run`` is one layer of it."""
 
@@ -117,6 +136,7 @@ class _Attention:
     ) -> None:
         self._plan, self._shard, self._transport, self._timeout = plan, shard, transport, timeout
         self._width, self._heads = width, heads
+        self.sent = Sent()
         rank, self._size = transport.rank, transport.size
         self._ranks = range(self._size)
         self._short = [plan.short_task(holder) for holder in self._ranks]
@@ -147,9 +167,11 @@ class _Attention:
         for turn in range(size + 1 if plan.rings else 2):
             owner, next_owner = (rank - turn) % size, (rank - turn - 1) % size
             sends, receives = self._returns(turn, done, shorts.get(rank))
+            self.sent += Sent(back=_bytes(sends))
             passes = plan.rings and turn < size - 1
             if passes and len(held):
                 sends.append(Send((rank + 1) % size, held))
+                self.sent += Sent(forward=held.nbytes)
             if passes and (coming := plan.count_of(next_owner)):
                 receives.append(Receive((rank - 1) % size, (coming, self._width), torch.float32))
             pending = self._transport.start(sends, receives, self._timeout)

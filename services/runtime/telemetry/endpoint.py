@@ -10,7 +10,6 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from socketserver import TCPServer, ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -39,22 +38,32 @@ def nobody() -> list[Instance]:
     return []
 
 
-@dataclass(slots=True)
 class Served:
     """What serves, and where (empty: nowhere). ``discover`` gives the live instances, from any thread."""
 
-    address: str = ""
-    discover: Discover = nobody
-    _server: _Server | None = None
-    _thread: threading.Thread | None = None
+    def __init__(self, server: _Server | None = None, address: str = "") -> None:
+        self.address = address
+        self.discover: Discover = nobody
+        self._server = server
+        self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
+
+    def open(self, scrape: WSGIApplication) -> None:
+        """Answer calls; ``scrape`` those for /metrics."""
+        if self._server is not None:
+            self._server.set_app(_paths(scrape, self))
+            self._thread.start()
 
     def close(self) -> None:
         """Stop listening. Calls in hand end with the process."""
-        if self._server is not None and self._thread is not None:
+        if self._server is not None:
             self._server.shutdown()
             self._thread.join()
             self._server.server_close()
             self._server = None
+
+    def _serve(self) -> None:
+        if self._server is not None:
+            self._server.serve_forever(_POLL_S)
 
 
 def start(config: Config, *, service: str, instance: str) -> Served:
@@ -71,11 +80,8 @@ def start(config: Config, *, service: str, instance: str) -> Served:
     if service == ROUTER:
         key, listen = "router.metrics_listen", config.router.metrics_listen
     server = _listening(key, listen)
-    served = Served(announced(listen, server.server_port), _server=server)
-    scrape = make_wsgi_app(_count(config.telemetry.service_namespace, service, instance))
-    server.set_app(_paths(scrape, served))
-    served._thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True)
-    served._thread.start()
+    served = Served(server, announced(listen, server.server_port))
+    served.open(make_wsgi_app(_count(config.telemetry.service_namespace, service, instance)))
     return served
 
 

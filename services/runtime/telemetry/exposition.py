@@ -40,9 +40,7 @@ _Key = tuple[str, tuple[tuple[str, str], ...], int]
 def views(table: Sequence[Instrument]) -> list[View]:
     """Each row's own attributes and no others, and at most ``MOST_SERIES`` of their values."""
     return [
-        View(
-            instrument_name=row.name, attribute_keys=set(row.attributes), aggregation_cardinality_limit=MOST_SERIES
-        )
+        View(instrument_name=row.name, attribute_keys=set(row.attributes), aggregation_cardinality_limit=MOST_SERIES)
         for row in table
     ]
 

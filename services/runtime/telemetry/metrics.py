@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, MeterProvider, Observation
+
+from countersign.services.runtime.errors import CountersignError
 
 Kind = Literal["counter", "histogram", "gauge", "observed counter"]
 
@@ -32,6 +35,9 @@ PROPERTY = "countersign.property"
 SOURCE = "countersign.source"
 CONSTRAINT = "countersign.constraint"
 
+TEXT_COMPLETION = "text_completion"
+PROVIDER_NAME = "countersign"
+
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
@@ -50,7 +56,25 @@ class Instrument:
 # the conventions give for gen_ai.server.*, and more of them at both ends.
 _FIRST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 120)
 _TOKEN = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
-_WHOLE = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68, 655.36)
+_WHOLE = (
+    0.01,
+    0.02,
+    0.04,
+    0.08,
+    0.16,
+    0.32,
+    0.64,
+    1.28,
+    2.56,
+    5.12,
+    10.24,
+    20.48,
+    40.96,
+    81.92,
+    163.84,
+    327.68,
+    655.36,
+)
 _STEP = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _LENGTH = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _BATCH = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
@@ -78,7 +102,8 @@ REQUEST_TOKENS = Instrument(
 )  # fmt: skip
 REQUESTS = Instrument(
     "countersign.requests", "counter", "{request}", "router",
-    "requests that ended: stop, length, cancelled, deadline, error, refused", (MODEL, FINISH),
+    "requests by how they ended: stop, length, cancelled, deadline, error, refused, failed, left (by their client)",
+    (MODEL, FINISH),
 )  # fmt: skip
 REQUESTS_OPEN = Instrument(
     "countersign.router.requests.open", "gauge", "{request}", "router", "requests whose client waits"
@@ -115,9 +140,9 @@ PASS_FED = Instrument(
     "countersign.pass.fed", "histogram", "{token}", "target",
     "tokens that a pass computed: of prompts, known ones, proposals", (), _LENGTH,
 )  # fmt: skip
-ROUND_TOKENS = Instrument(
-    "countersign.round.tokens", "histogram", "{token}", "target",
-    "tokens that a request got of one pass: accepted proposals and the target's own", (), _RUN,
+ROUNDS = Instrument(
+    "countersign.rounds", "counter", "{round}", "target",
+    "turns of requests in passes that gave them tokens; output tokens over rounds are tokens per pass",
 )  # fmt: skip
 ROUND_ACCEPTED = Instrument(
     "countersign.round.accepted", "histogram", "{token}", "target",
@@ -129,7 +154,7 @@ TOKENS_DRAFTED = Instrument(
 TOKENS_ACCEPTED = Instrument(
     "countersign.draft.accepted", "counter", "{token}", "target", "proposals that were the target's own tokens"
 )
-TOKENS_SAMPLED = Instrument(
+TOKENS = Instrument(
     "countersign.target.tokens", "counter", "{token}", "target",
     "tokens: prompt ones computed (input), and sampled ones (output)", (TOKEN_TYPE,),
 )  # fmt: skip
@@ -163,9 +188,7 @@ COMMIT_CONFLICTS = Instrument(
     "countersign.commit.conflicts", "counter", "{append}", "target",
     "appends that the log refused, by what was there: fenced, cancelled, closed", (OUTCOME,),
 )  # fmt: skip
-RECEIPTS_MADE = Instrument(
-    "countersign.receipts.made", "counter", "{receipt}", "target", "receipts signed and stored"
-)
+RECEIPTS_MADE = Instrument("countersign.receipts.made", "counter", "{receipt}", "target", "receipts signed and stored")
 RING_BYTES = Instrument(
     "countersign.ring.sent", "observed counter", "By", "target",
     "bytes between ranks: queries passed on (forward), partials sent home (back)", (DIRECTION,),
@@ -265,11 +288,13 @@ Read = Callable[[], float | Mapping[str, float] | None]
 """What is so now: one number; or, of a row with an attribute, a number for each of its values; None: not known."""
 
 
+@cache
 def counter(row: Instrument, provider: MeterProvider | None = None) -> Counter:
     """Counts up; of the process's provider when none is given."""
     return _meter(provider).create_counter(row.name, row.unit, row.what)
 
 
+@cache
 def histogram(row: Instrument, provider: MeterProvider | None = None) -> Histogram:
     """Takes one value at a time; of the process's provider when none is given."""
     return _meter(provider).create_histogram(
@@ -278,10 +303,15 @@ def histogram(row: Instrument, provider: MeterProvider | None = None) -> Histogr
 
 
 def observe(row: Instrument, read: Read, provider: MeterProvider | None = None) -> None:
-    """``read`` is asked whenever somebody looks, in another thread: it must not change anything, nor wait."""
+    """``read`` is asked whenever somebody looks, in another thread: it must change nothing. What it cannot tell now, by
+    None or a CountersignError, has no sample.
+    """
 
     def observed(_: CallbackOptions) -> Iterable[Observation]:
-        now = read()
+        try:
+            now = read()
+        except CountersignError:
+            return []
         if isinstance(now, Mapping):
             return [Observation(value, {row.attributes[0]: name}) for name, value in now.items()]
         return [] if now is None else [Observation(now)]

@@ -1,0 +1,97 @@
+"""What a router counts of each request, as its client sees it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from opentelemetry.metrics import MeterProvider
+
+from countersign.services.runtime.errors import CountersignError
+from countersign.services.runtime.telemetry import metrics
+from countersign.v1.router_pb2 import Finished, StreamEvent
+from countersign.v1.sampling_pb2 import FinishReason
+
+# Finish reasons that are failures, as error.type has them.
+_FAILURES = {
+    FinishReason.FINISH_REASON_ERROR: "FINISHED_WITH_ERROR",
+    FinishReason.FINISH_REASON_DEADLINE: "DEADLINE_EXCEEDED",
+}
+
+
+class RequestMeter:
+    """A router's instruments. ``clock`` gives seconds and never goes back."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, provider: MeterProvider | None = None) -> None:
+        self.clock = clock
+        self.duration = metrics.histogram(metrics.REQUEST_DURATION, provider)
+        self.first = metrics.histogram(metrics.TIME_TO_FIRST_TOKEN, provider)
+        self.each = metrics.histogram(metrics.TIME_PER_OUTPUT_TOKEN, provider)
+        self.tokens = metrics.histogram(metrics.REQUEST_TOKENS, provider)
+        self.ended = metrics.counter(metrics.REQUESTS, provider)
+
+    @contextmanager
+    def request(self) -> Iterator[Measured]:
+        """From the arrival of a request to its end, whatever that is."""
+        measured = Measured(self)
+        try:
+            yield measured
+        except CountersignError as error:
+            measured.ends("failed" if measured.accepted else "refused", error.reason)
+            raise
+        except BaseException:  # its call is cancelled, or its stream closed
+            measured.ends("left")
+            raise
+        else:
+            measured.ends("left")
+
+
+class Measured:
+    """One request."""
+
+    def __init__(self, meter: RequestMeter) -> None:
+        self._meter = meter
+        self._began = meter.clock()
+        self._first: float | None = None
+        self._over = False
+        self._asked = {
+            metrics.OPERATION: metrics.TEXT_COMPLETION,
+            metrics.PROVIDER: metrics.PROVIDER_NAME,
+        }
+
+    @property
+    def accepted(self) -> bool:
+        """It is in the log, so that its model is one that is served here: what a client names is no label."""
+        return metrics.MODEL in self._asked
+
+    def saw(self, event: StreamEvent) -> None:
+        """What the client gets next."""
+        match event.WhichOneof("event"):
+            case "accepted":
+                self._asked[metrics.MODEL] = event.accepted.model
+            case "tokens" | "hidden":
+                if self._first is None:
+                    self._first = self._meter.clock()
+                    self._meter.first.record(self._first - self._began, self._asked)
+            case "finished":
+                self._finished(event.finished)
+
+    def ends(self, how: str, error: str = "") -> None:
+        """Once; the first time stands."""
+        if self._over:
+            return
+        self._over = True
+        model = {metrics.MODEL: self._asked[metrics.MODEL]} if self.accepted else {}
+        self._meter.ended.add(1, {**model, metrics.FINISH: how})
+        failed = {metrics.ERROR: error} if error else {}
+        self._meter.duration.record(self._meter.clock() - self._began, {**self._asked, **failed})
+
+    def _finished(self, finished: Finished) -> None:
+        now, usage, model = self._meter.clock(), finished.usage, self._asked.get(metrics.MODEL, "")
+        if self._first is not None and usage.output_tokens > 1:
+            self._meter.each.record((now - self._first) / (usage.output_tokens - 1), self._asked)
+        for kind, tokens in (("input", usage.prompt_tokens), ("output", usage.output_tokens)):
+            self._meter.tokens.record(tokens, {metrics.MODEL: model, metrics.TOKEN_TYPE: kind})
+        reason = FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower()
+        self.ends(reason, _FAILURES.get(finished.reason, ""))
