@@ -43,6 +43,7 @@ from countersign.services.runtime.errors import (
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.service import Call, Context
 from countersign.services.runtime.telemetry import metrics, tracing
+from countersign.services.runtime.telemetry.energy import EnergyMeter, observe_energy
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
 from countersign.services.target.faults import FAULTS, DishonestRunner, Dishonesty, load_dishonest
@@ -374,6 +375,7 @@ async def create(context: Context) -> TargetService:
     announcer = Announcer(context.bus if context.config.sidecar.enabled else None, context.instance)
     loop = TargetLoop(engine, drafts, prefixes, keys, wall_ms=wall_ms, log=context.log, announcer=announcer)
     observe_engine(engine, model.executor, config.max_requests)
+    observe_energy(EnergyMeter.open())
     metrics.observe(metrics.PENDING_PROMPT, lambda: loop.pending_prompt_tokens)
     maker = ReceiptMaker(key, info, build, config.kv_wire if config.kv_store else "exact")
     committer = Committer(context.journal, maker, wall_ms, loop.wake, context.log, announcer)

@@ -1,0 +1,170 @@
+"""What Prometheus reads of what the SDK has counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider, TraceBasedExemplarFilter
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parsed_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parsed_text
+
+from countersign.services.runtime.errors import Unavailable
+from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.telemetry.exposition import (
+    MOST_SERIES,
+    Families,
+    PrometheusReader,
+    prometheus_name,
+    views,
+)
+
+
+class Scraped:
+    """A provider as a process has it, and what it looks like from outside."""
+
+    def __init__(self) -> None:
+        reader = PrometheusReader()
+        self.provider = MeterProvider(
+            metric_readers=[reader],
+            exemplar_filter=TraceBasedExemplarFilter(),
+            shutdown_on_exit=False,
+            views=views(metrics.TABLE),
+        )
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(Families(reader))
+
+    def text(self) -> str:
+        return generate_latest(self._registry).decode()
+
+    def openmetrics(self) -> str:
+        encoder, kind = choose_encoder("application/openmetrics-text; version=1.0.0")
+        assert kind.startswith("application/openmetrics-text")
+        return encoder(self._registry).decode()
+
+    def family(self, name: str) -> Metric:
+        """From OpenMetrics, whose parser also checks the format."""
+        return next(each for each in parsed_openmetrics(self.openmetrics()) if each.name == name)
+
+    def values(self, name: str) -> dict[tuple[tuple[str, str], ...], float]:
+        """Of the samples of this name, by their labels."""
+        samples = (sample for each in parsed_text(self.text()) for sample in each.samples if sample.name == name)
+        return {tuple(sorted(sample.labels.items())): sample.value for sample in samples}
+
+
+@pytest.fixture
+def scraped() -> Scraped:
+    return Scraped()
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "gauge", "expected"),
+    [
+        ("gen_ai.server.request.duration", "s", False, "gen_ai_server_request_duration_seconds"),
+        ("countersign.store.bytes", "By", True, "countersign_store_bytes"),
+        ("countersign.ring.sent", "By", False, "countersign_ring_sent_bytes"),
+        ("countersign.takeovers", "{request}", False, "countersign_takeovers"),
+        ("countersign.utilisation", "1", True, "countersign_utilisation_ratio"),
+        ("countersign.audit.limit_used", "1", False, "countersign_audit_limit_used"),
+        ("countersign.energy", "J", False, "countersign_energy_joules"),
+    ],
+)
+def test_names_follow_opentelemetrys_rules_for_prometheus(name: str, unit: str, gauge: bool, expected: str) -> None:
+    assert prometheus_name(name, unit, gauge=gauge) == expected
+
+
+def test_counters_gauges_and_histograms_arrive_with_their_labels(scraped: Scraped) -> None:
+    metrics.counter(metrics.VERDICTS, scraped.provider).add(2, {metrics.OUTCOME: "pass"})
+    metrics.observe(metrics.TARGET_REQUESTS, lambda: {"waiting": 3, "running": 4}, scraped.provider)
+    metrics.observe(metrics.BUS_DROPPED, lambda: 5, scraped.provider)
+    metrics.histogram(metrics.PASS_DURATION, scraped.provider).record(0.003)
+    assert scraped.values("countersign_auditor_verdicts_total") == {(("countersign_outcome", "pass"),): 2}
+    assert scraped.values("countersign_target_requests") == {
+        (("countersign_state", "waiting"),): 3,
+        (("countersign_state", "running"),): 4,
+    }
+    assert scraped.values("countersign_bus_dropped_total") == {(): 5}
+    assert scraped.values("countersign_pass_duration_seconds_count") == {(): 1}
+    assert scraped.values("countersign_pass_duration_seconds_sum") == {(): 0.003}
+    buckets = scraped.values("countersign_pass_duration_seconds_bucket")
+    assert len(buckets) == len(metrics.PASS_DURATION.buckets) + 1
+    assert (buckets[("le", "0.0025"),], buckets[("le", "0.005"),], buckets[("le", "+Inf"),]) == (0, 1, 1)
+
+
+def test_openmetrics_says_type_and_unit_and_passes_its_own_parser(scraped: Scraped) -> None:
+    metrics.histogram(metrics.COMMIT_DURATION, scraped.provider).record(0.1)
+    family = scraped.family("countersign_commit_duration_seconds")
+    assert (family.type, family.unit, family.documentation) == ("histogram", "seconds", metrics.COMMIT_DURATION.what)
+
+
+def exemplars(scraped: Scraped) -> list[tuple[float, str, str]]:
+    """(value, trace, span) of the commit's buckets."""
+    samples = scraped.family("countersign_commit_duration_seconds").samples
+    found = [sample.exemplar for sample in samples if sample.exemplar]
+    return [(each.value, each.labels["trace_id"], each.labels["span_id"]) for each in found]
+
+
+def test_a_bucket_names_the_trace_that_last_fell_into_it_until_another_does(scraped: Scraped) -> None:
+    histogram = metrics.histogram(metrics.COMMIT_DURATION, scraped.provider)
+    tracer = TracerProvider().get_tracer("test")
+    seen = []
+    for value in (0.003, 0.004, 0.2):  # two of one bucket, one of another
+        with tracer.start_as_current_span("commit") as span:
+            histogram.record(value)
+            context = span.get_span_context()
+            seen.append((value, f"{context.trace_id:032x}", f"{context.span_id:016x}"))
+    assert exemplars(scraped) == seen[1:]
+    assert exemplars(scraped) == seen[1:], "who looks first must not take it from the next"
+    with tracer.start_as_current_span("commit"):
+        histogram.record(0.0045)
+    assert exemplars(scraped)[0][0] == 0.0045
+
+
+def test_what_was_not_sampled_or_not_traced_is_no_exemplar(scraped: Scraped) -> None:
+    histogram = metrics.histogram(metrics.COMMIT_DURATION, scraped.provider)
+    histogram.record(0.003)
+    with TracerProvider(sampler=ALWAYS_OFF).get_tracer("test").start_as_current_span("commit"):
+        histogram.record(0.2)
+    assert exemplars(scraped) == []
+
+
+def test_an_attribute_that_the_table_does_not_name_reaches_nobody_not_even_in_an_exemplar(scraped: Scraped) -> None:
+    with TracerProvider().get_tracer("test").start_as_current_span("commit"):
+        metrics.histogram(metrics.COMMIT_DURATION, scraped.provider).record(0.1, {"countersign.request.id": "req-7"})
+        metrics.counter(metrics.VERDICTS, scraped.provider).add(1, {"tenant": "acme", metrics.OUTCOME: "pass"})
+    for text in (scraped.text(), scraped.openmetrics()):
+        assert "countersign_auditor_verdicts_total" in text
+        assert "req-7" not in text
+        assert "acme" not in text
+
+
+def test_series_are_bounded_whatever_values_a_label_takes(scraped: Scraped) -> None:
+    counter = metrics.counter(metrics.VIOLATIONS, scraped.provider)
+    for number in range(3 * MOST_SERIES):
+        counter.add(1, {metrics.PROPERTY: f"P{number}"})
+    found = scraped.values("countersign_protocol_violations_total")
+    assert len(found) == MOST_SERIES + 1
+    assert found[("otel_metric_overflow", "True"),] == 2 * MOST_SERIES
+    assert sum(found.values()) == 3 * MOST_SERIES
+
+
+def failing() -> float:
+    raise Unavailable("the ledger does not answer")
+
+
+@pytest.mark.parametrize("read", [failing, lambda: None])
+def test_what_cannot_be_told_now_has_no_sample_and_others_have(scraped: Scraped, read: Callable[[], float]) -> None:
+    metrics.observe(metrics.AUDITS_WAITING, read, scraped.provider)
+    metrics.observe(metrics.LOG_SIZE, lambda: 12, scraped.provider)
+    assert scraped.values("countersign_auditor_audits_waiting") == {}
+    assert scraped.values("countersign_log_size") == {(): 12}
+
+
+def test_a_label_keeps_its_value_whatever_is_in_it(scraped: Scraped) -> None:
+    metrics.counter(metrics.VIOLATIONS, scraped.provider).add(1, {metrics.PROPERTY: 'a"b\\c\nd'})
+    assert scraped.values("countersign_protocol_violations_total") == {(("countersign_property", 'a"b\\c\nd'),): 1}
