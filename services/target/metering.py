@@ -113,5 +113,9 @@ def observe_engine(engine: Engine, executor: Executor, most: int, provider: Mete
     metrics.observe(metrics.TARGET_LIMIT, lambda: most, provider)
     metrics.observe(metrics.PAGES, pages, provider)
     metrics.observe(metrics.PAGES_EVICTED, lambda: engine.cache.stats().evictions, provider)
-    if isinstance(executor, RankedExecutor):
-        metrics.observe(metrics.RING_BYTES, executor.sent, provider)
+    metrics.observe(metrics.RING_BYTES, executor.sent if isinstance(executor, RankedExecutor) else _alone, provider)
+
+
+def _alone() -> dict[str, float]:
+    """One rank sends nothing."""
+    return {"forward": 0, "back": 0}

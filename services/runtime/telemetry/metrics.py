@@ -41,7 +41,9 @@ PROVIDER_NAME = "countersign"
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
-    """A row. ``unit`` as UCUM has it; ``who`` records it; ``buckets``: a histogram's boundaries."""
+    """A row. ``unit`` as UCUM has it; ``who`` records it; ``buckets``: a histogram's boundaries; ``values``: of a
+    counter's one attribute, those that are counted from 0 on, so that the first of each is seen as a rise.
+    """
 
     name: str
     kind: Kind
@@ -50,6 +52,7 @@ class Instrument:
     what: str
     attributes: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    values: tuple[str, ...] = ()
 
 
 # Boundaries that fit a model of a few million parameters on two cores, and one of many billions on GPUs: those that
@@ -156,7 +159,7 @@ TOKENS_ACCEPTED = Instrument(
 )
 TOKENS = Instrument(
     "countersign.target.tokens", "counter", "{token}", "target",
-    "tokens: prompt ones computed (input), and sampled ones (output)", (TOKEN_TYPE,),
+    "tokens: prompt ones computed (input), and sampled ones (output)", (TOKEN_TYPE,), values=("input", "output"),
 )  # fmt: skip
 PREEMPTIONS = Instrument(
     "countersign.target.preemptions", "counter", "{request}", "target",
@@ -187,6 +190,7 @@ COMMIT_DURATION = Instrument(
 COMMIT_CONFLICTS = Instrument(
     "countersign.commit.conflicts", "counter", "{append}", "target",
     "appends that the log refused, by what was there: fenced, cancelled, closed", (OUTCOME,),
+    values=("fenced", "cancelled", "closed"),
 )  # fmt: skip
 RECEIPTS_MADE = Instrument("countersign.receipts.made", "counter", "{receipt}", "target", "receipts signed and stored")
 RING_BYTES = Instrument(
@@ -225,10 +229,11 @@ STORE_DAMAGED = Instrument(
 RECEIPTS_TAKEN = Instrument(
     "countersign.auditor.receipts", "counter", "{receipt}", "auditor",
     "receipts that came: logged, known, refused, later (no key yet)", (OUTCOME,),
+    values=("logged", "known", "refused", "later"),
 )  # fmt: skip
 VERDICTS = Instrument(
     "countersign.auditor.verdicts", "counter", "{receipt}", "auditor",
-    "audits by verdict: pass, fail, inconclusive", (OUTCOME,),
+    "audits by verdict: pass, fail, inconclusive", (OUTCOME,), values=("pass", "fail", "inconclusive"),
 )  # fmt: skip
 AUDIT_DURATION = Instrument(
     "countersign.audit.duration", "histogram", "s", "auditor", "one audit, all its levels", (), _WHOLE
@@ -253,6 +258,10 @@ EQUIVOCATIONS = Instrument(
 VIOLATIONS = Instrument(
     "countersign.protocol.violations", "counter", "{violation}", "sidecar",
     "steps of the commit protocol that its specification does not allow", (PROPERTY,),
+    values=(
+        "Agreement", "AppendOnly", "BilledIsCommitted", "ClosedIsFinal", "ExactlyOnce", "Fenced", "Lawful",
+        "OneReceipt", "OnlyVerified",
+    ),
 )  # fmt: skip
 WATCHED = Instrument(
     "countersign.protocol.watched", "observed counter", "{request}", "sidecar", "requests whose steps were checked"
@@ -290,8 +299,11 @@ Read = Callable[[], float | Mapping[str, float] | None]
 
 @cache
 def counter(row: Instrument, provider: MeterProvider | None = None) -> Counter:
-    """Counts up; of the process's provider when none is given."""
-    return _meter(provider).create_counter(row.name, row.unit, row.what)
+    """Counts up, from 0 where it is known what will be counted; of the process's provider when none is given."""
+    made = _meter(provider).create_counter(row.name, row.unit, row.what)
+    for attributes in [{row.attributes[0]: value} for value in row.values] if row.attributes else [{}]:
+        made.add(0, attributes)
+    return made
 
 
 @cache

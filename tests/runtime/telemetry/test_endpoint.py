@@ -89,7 +89,7 @@ async def test_every_process_tells_where_all_of_them_serve(start: Start, registr
     await start()
     instance = await registry.wait_for("kv", 20)
     async with asyncio.timeout(10):
-        while (body := (await get(instance.metrics_address, "/targets"))[2]) == "[]":
+        while (body := (await get(instance.metrics_address, "/targets"))[2]) == "[]":  # noqa: ASYNC110  no event
             await asyncio.sleep(0.05)
     labels = {"service": "kv", "instance": instance.instance, "role": ""}
     assert json.loads(body) == [{"targets": [instance.metrics_address], "labels": labels}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider, TraceBasedExemplarFilter
@@ -49,7 +49,8 @@ class Scraped:
 
     def family(self, name: str) -> Metric:
         """From OpenMetrics, whose parser also checks the format."""
-        return next(each for each in parsed_openmetrics(self.openmetrics()) if each.name == name)
+        families: Iterable[Metric] = parsed_openmetrics(self.openmetrics())  # type: ignore[no-untyped-call]  # the library's
+        return next(each for each in families if each.name == name)
 
     def values(self, name: str) -> dict[tuple[tuple[str, str], ...], float]:
         """Of the samples of this name, by their labels."""
@@ -83,7 +84,12 @@ def test_counters_gauges_and_histograms_arrive_with_their_labels(scraped: Scrape
     metrics.observe(metrics.TARGET_REQUESTS, lambda: {"waiting": 3, "running": 4}, scraped.provider)
     metrics.observe(metrics.BUS_DROPPED, lambda: 5, scraped.provider)
     metrics.histogram(metrics.PASS_DURATION, scraped.provider).record(0.003)
-    assert scraped.values("countersign_auditor_verdicts_total") == {(("countersign_outcome", "pass"),): 2}
+    assert scraped.values("countersign_auditor_verdicts_total") == {
+        (("countersign_outcome", "pass"),): 2,
+        # From 0 on, so that the first one is seen as a rise.
+        (("countersign_outcome", "fail"),): 0,
+        (("countersign_outcome", "inconclusive"),): 0,
+    }
     assert scraped.values("countersign_target_requests") == {
         (("countersign_state", "waiting"),): 3,
         (("countersign_state", "running"),): 4,
@@ -144,10 +150,10 @@ def test_an_attribute_that_the_table_does_not_name_reaches_nobody_not_even_in_an
 
 
 def test_series_are_bounded_whatever_values_a_label_takes(scraped: Scraped) -> None:
-    counter = metrics.counter(metrics.VIOLATIONS, scraped.provider)
+    counter = metrics.counter(metrics.REQUESTS, scraped.provider)
     for number in range(3 * MOST_SERIES):
-        counter.add(1, {metrics.PROPERTY: f"P{number}"})
-    found = scraped.values("countersign_protocol_violations_total")
+        counter.add(1, {metrics.MODEL: f"model-{number}"})
+    found = scraped.values("countersign_requests_total")
     assert len(found) == MOST_SERIES + 1
     assert found[("otel_metric_overflow", "True"),] == 2 * MOST_SERIES
     assert sum(found.values()) == 3 * MOST_SERIES
@@ -166,5 +172,5 @@ def test_what_cannot_be_told_now_has_no_sample_and_others_have(scraped: Scraped,
 
 
 def test_a_label_keeps_its_value_whatever_is_in_it(scraped: Scraped) -> None:
-    metrics.counter(metrics.VIOLATIONS, scraped.provider).add(1, {metrics.PROPERTY: 'a"b\\c\nd'})
-    assert scraped.values("countersign_protocol_violations_total") == {(("countersign_property", 'a"b\\c\nd'),): 1}
+    metrics.counter(metrics.REQUESTS, scraped.provider).add(1, {metrics.MODEL: 'a"b\\c\nd'})
+    assert scraped.values("countersign_requests_total") == {(("gen_ai_request_model", 'a"b\\c\nd'),): 1}

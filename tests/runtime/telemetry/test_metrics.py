@@ -10,6 +10,7 @@ import pytest
 from countersign.services.runtime.telemetry import metrics
 from countersign.services.runtime.telemetry.exposition import prometheus_name
 from countersign.services.runtime.telemetry.metrics import TABLE, Instrument
+from countersign.verify.spec import monitor
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "telemetry.md"
 
@@ -54,7 +55,9 @@ def test_a_row_is_whole_and_its_labels_are_bounded(row: Instrument) -> None:
 
 def test_the_conventions_boundaries_are_among_those_of_the_gen_ai_metrics() -> None:
     conventions = {
-        metrics.REQUEST_DURATION: (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
+        metrics.REQUEST_DURATION: (
+            0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
+        ),
         metrics.TIME_TO_FIRST_TOKEN: (
             0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
         ),
@@ -76,3 +79,9 @@ def test_the_page_for_operators_has_a_row_for_each_and_for_nothing_else() -> Non
         for row in TABLE
     }
     assert documented == expected
+
+
+def test_a_violation_of_each_property_is_counted_from_zero_on() -> None:
+    source = Path(monitor.__file__).read_text()
+    told = set(monitor.PROPERTY_OF.values()) | set(re.findall(r'(?:Fault\(|, )"([A-Z][A-Za-z]+)"', source))
+    assert told == set(metrics.VIOLATIONS.values)
