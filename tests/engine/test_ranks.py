@@ -146,6 +146,21 @@ def test_queries_travel_round_the_ring_only_where_rows_are_shared_out(folders: d
     assert max(shared.sent) < min(replicated.sent) / 2
 
 
+@pytest.mark.parametrize("long", [1, 1 << 30])
+def test_what_a_rank_says_it_sent_is_what_left_it_and_queries_travel_only_on_the_ring(
+    folders: dict[str, Path], long: int
+) -> None:
+    both = Both(folders["llama"], 4, 64, long=long)
+    _, results = both.compute([Span(both.cache.sequence(), tokens(512), 0)])
+    assert [result.sent.forward + result.sent.back for result in results] == both.sent
+    config = both.plain.config
+    row = config.heads * config.head_dim * 4
+    # Each rank passes on the queries of all but the next one, once a layer; 512 rows are shared out evenly.
+    forward = 3 * 512 // 4 * row * config.layers if long == 1 else 0
+    assert [result.sent.forward for result in results] == [forward] * 4
+    assert min(result.sent.back for result in results) > 0
+
+
 def test_the_first_layer_that_is_not_finite_is_found_over_ranks(folders: dict[str, Path]) -> None:
     both = Both(folders["llama"], 2, 64)
     sequence = both.cache.sequence()
