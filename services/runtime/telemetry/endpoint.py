@@ -196,7 +196,9 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = PATIENCE_S
+    def setup(self) -> None:
+        self.timeout = PATIENCE_S
+        super().setup()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the library's word
         """A scrape is no news."""

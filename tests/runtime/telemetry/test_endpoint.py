@@ -155,7 +155,7 @@ def test_prometheus_discovers_who_serves_with_service_instance_and_role() -> Non
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     """A server without the process around it, whose peers may be silent for half a second."""
-    monkeypatch.setattr(endpoint._Handler, "timeout", 0.5)
+    monkeypatch.setattr(endpoint, "PATIENCE_S", 0.5)
     server = endpoint._listening("telemetry.metrics_listen", "127.0.0.1:0")
     served = Served(server, f"127.0.0.1:{server.server_port}")
 
