@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from opentelemetry.metrics import MeterProvider
 
-from countersign.services.runtime.errors import CountersignError
+from countersign.services.runtime.errors import CountersignError, Internal
+from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import metrics
 from countersign.v1.router_pb2 import Finished, StreamEvent
 from countersign.v1.sampling_pb2 import FinishReason
@@ -40,11 +41,11 @@ class RequestMeter:
         except CountersignError as error:
             measured.ends("failed" if measured.accepted else "refused", error.reason)
             raise
-        except BaseException:  # its call is cancelled, or its stream closed
-            measured.ends("left")
+        except Exception:
+            measured.ends("failed", Internal.default_reason)
             raise
-        else:
-            measured.ends("left")
+        finally:
+            measured.ends("left")  # else its call was cancelled, or its stream closed
 
 
 class Measured:
@@ -55,9 +56,9 @@ class Measured:
         self._began = meter.clock()
         self._first: float | None = None
         self._over = False
-        self._asked = {
-            metrics.OPERATION: metrics.TEXT_COMPLETION,
-            metrics.PROVIDER: metrics.PROVIDER_NAME,
+        self._asked: dict[str, str] = {
+            metrics.OPERATION: names.TEXT_COMPLETION,
+            metrics.PROVIDER: names.PROVIDER_NAME,
         }
 
     @property

@@ -15,6 +15,7 @@ from countersign.services.auditor.metering import AuditMeter
 from countersign.services.kv.disk import Disk
 from countersign.services.kv.metering import observe_store
 from countersign.services.kv.store import BlockStore, Place
+from countersign.services.protocol.cache import Tier
 from countersign.services.protocol.driver import Final
 from countersign.services.protocol.events import CancelledByClient, ClosedAlready, Fenced, Settled
 from countersign.services.router.metering import RequestMeter
@@ -145,6 +146,13 @@ def test_a_typed_error_is_counted_by_its_reason_and_reaches_the_client(
     assert counted.not_zero(f"{DURATION}_count", "error_type") == {error.reason: 1}
 
 
+def test_a_bug_is_counted_as_one(counted: Counted) -> None:
+    with pytest.raises(ZeroDivisionError):
+        ends_with(ZeroDivisionError(), [ACCEPTED], RequestMeter(provider=counted.provider))
+    assert counted.not_zero(*ENDS) == {"failed": 1}
+    assert counted.not_zero(f"{DURATION}_count", "error_type") == {"INTERNAL": 1}
+
+
 @pytest.mark.parametrize("how", [asyncio.CancelledError, GeneratorExit])
 def test_a_client_that_goes_away_is_no_error(counted: Counted, how: type[BaseException]) -> None:
     with pytest.raises(how):
@@ -201,7 +209,7 @@ async def test_a_store_tells_what_it_holds_in_each_tier(counted: Counted, tmp_pa
         assert reserved.lease
         assert counted.value("countersign_store_blocks") == 1
         held = counted.value("countersign_store_bytes", countersign_tier="ram")
-        assert held == store.cache.room(0) >= 5000
+        assert held == store.cache.room(Tier.RAM) >= 5000
         assert counted.value("countersign_store_bytes", countersign_tier="disk") == 0
         assert counted.value("countersign_store_capacity_bytes", countersign_tier="ram") == 1 << 20
         store.counts.lookups, store.counts.hits = 9, 4

@@ -89,9 +89,19 @@ def prometheus(folder: Path, discovery: str) -> Iterator[Prometheus]:
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Once it answers."""
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and process.poll() is None:
-        if found := re.search(r'"Listening on" address=(\S+)', log.read_text()):
+        found = re.search(r'"Listening on" address=(\S+)', log.read_text())
+        if found and _is_ready(found[1]):
             return found[1]
         time.sleep(0.05)
     pytest.fail(f"Prometheus did not start:\n{log.read_text()}")
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        with urlopen(f"http://{address}/-/ready", timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:  # it says 503 until its storage is open
+        return False

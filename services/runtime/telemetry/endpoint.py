@@ -197,8 +197,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Handler(WSGIRequestHandler):
     def setup(self) -> None:
-        self.timeout = PATIENCE_S
         super().setup()
+        self.connection.settimeout(PATIENCE_S)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the library's word
         """A scrape is no news."""

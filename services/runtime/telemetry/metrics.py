@@ -16,13 +16,12 @@ from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, MeterProvider, Observation
 
 from countersign.services.runtime.errors import CountersignError
+from countersign.services.runtime.telemetry import attributes as names
 
 Kind = Literal["counter", "histogram", "gauge", "observed counter"]
 
 # OpenTelemetry's attribute names: those of its conventions where there is one, else ours.
-OPERATION = "gen_ai.operation.name"
-PROVIDER = "gen_ai.provider.name"
-MODEL = "gen_ai.request.model"
+OPERATION, PROVIDER, MODEL = names.OPERATION, names.PROVIDER, names.REQUEST_MODEL
 TOKEN_TYPE = "gen_ai.token.type"  # noqa: S105  the conventions' name, no secret
 ERROR = "error.type"
 FINISH = "countersign.finish_reason"
@@ -34,9 +33,6 @@ DIRECTION = "countersign.ring.direction"
 PROPERTY = "countersign.property"
 SOURCE = "countersign.source"
 CONSTRAINT = "countersign.constraint"
-
-TEXT_COMPLETION = "text_completion"
-PROVIDER_NAME = "countersign"
 
 
 @dataclass(frozen=True, slots=True)
