@@ -27,6 +27,7 @@ from countersign.services.runtime.telemetry import tracing
 from countersign.services.runtime.telemetry.context import request_context
 from countersign.verify.audit import AuditReport, Level
 from countersign.verify.log.store import TileLog
+from countersign.verify.receipt import parse
 from countersign.verify.verdict import Finding, Verdict, beacon_of
 
 FIRST_WAIT_MS = 250
