@@ -132,7 +132,8 @@ class _Output:
 
 async def _watch(data_dir: Path, nats: str, interval: float, once: bool, output: _Output) -> None:
     stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with connected(data_dir, nats, "top") as bus:
         registry = Registry(bus)
         await registry.start(create=False)
