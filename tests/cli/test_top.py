@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import io
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -12,9 +14,12 @@ from aiohttp import web
 from rich.cells import cell_len
 from rich.console import Console
 
+from countersign.cli import top
 from countersign.cli.scrape import Change, Look, Scrape, look, parsed
 from countersign.cli.tables import room, show
 from countersign.cli.top import Figures, figures, screen
+from countersign.services.runtime.telemetry.exposition import prometheus_name
+from countersign.services.runtime.telemetry.metrics import TABLE
 from countersign.v1.registry_pb2 import Instance, TargetRole
 
 TARGET = """
@@ -157,3 +162,11 @@ async def test_who_answers_nothing_that_can_be_read_tells_nothing_and_holds_nobo
     assert [scrape.series is not None for scrape in found.scrapes] == [True, False, False, False, False]
     for runner in runners:
         await runner.cleanup()
+
+
+def test_names_of_metrics_are_those_of_the_table() -> None:
+    known = {prometheus_name(row.name, row.unit, gauge=row.kind == "gauge") for row in TABLE}
+    asked = set(re.findall(r'"((?:countersign|gen_ai)_[a-z_]+)"', inspect.getsource(top)))
+    asked -= {"countersign_state", "gen_ai_token_type", "countersign_outcome", "countersign_source"}
+    assert len(asked) > 20
+    assert {re.sub(r"_(total|count|sum)$", "", name) for name in asked} - known == set()

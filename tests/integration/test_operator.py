@@ -86,6 +86,7 @@ def on_terminal(stack: Running, width: int, *arguments: str, stop_after: bytes =
                 text += data
                 if stop_after and stop_after in text:
                     process.send_signal(signal.SIGINT)
+                    stop_after = b""
         except OSError:  # the other end is closed
             pass
         assert process.wait(WITHIN_S) == 0, text.decode(errors="replace")
@@ -99,6 +100,7 @@ def test_status_knows_every_service_and_that_all_is_well(stack: Running) -> None
     services = sorted(each["service"] for each in found["instances"])
     assert services == ["auditor", "draft", "kv", "router", "sidecar", "target", "tokenizer"]
     assert {each["health"] for each in found["instances"]} == {"serving"}
+    assert all(each["version"] and each["metrics_address"] for each in found["instances"])
     (model,) = found["models"]
     assert (model["name"], model["targets"], len(model["weights_sha256"])) == ("demo-target", 1, 64)
     assert found["nats"]["url"] == stack.nats
@@ -156,6 +158,25 @@ def test_a_trace_shows_who_did_what_for_a_request(stack: Running, answers: list[
     assert "13 tokens of a prompt of" in text
     assert "verdict pass" in text
     assert found["trace_id"] == told(stack, "trace", found["trace_id"])["trace_id"]
+
+
+def test_top_counts_what_is_done_while_it_looks(stack: Running) -> None:
+    async def busy() -> dict[str, Any]:
+        async with Client(stack.router) as client:
+            work = asyncio.create_task(
+                client.complete("def g(", max_tokens=1900, ignore_eos=True, drafting="off", seed=1)
+            )
+            looked = await asyncio.to_thread(told, stack, "top", "--once", "--interval", "1")
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            return dict(looked)
+
+    found = asyncio.run(busy())
+    assert (found["processes"], found["telling"]) == (7, 7)
+    assert found["whole"]["tokens_per_s"] > 0
+    assert found["requests_open"] == 1
+    assert [target["running"] for target in found["targets"]] == [1]
+    assert "TOKENS/S" in countersign(stack, "top", "--once", "--interval", "0.2")
 
 
 def test_top_on_a_terminal_ends_by_ctrl_c_as_it_should(stack: Running) -> None:

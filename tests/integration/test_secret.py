@@ -13,23 +13,28 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
-from leaks import Leaks, forms_of_ids, forms_of_text
+from leaks import RUN, Leaks, forms_of_ids, forms_of_text
 
 from countersign.client import Client, Finished, Tokens
+from countersign.services.protocol.commit import decode
+from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.config import FREE_PORTS, load
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.fetching import ask
+from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.registry import Registry
 from countersign.services.runtime.supervisor import Supervisor
 from countersign.services.runtime.telemetry.kept import read_spans
 from countersign.v1.auditor_pb2 import GetLogRequest, GetLogResponse
+from countersign.v1.commit_pb2 import Assigned
 
 SECRET = "the password of Ansgar Quist is zyx-88213-kvetch"
 STOP = "never-said-marker-55102"
@@ -50,17 +55,25 @@ DONE_S = 90.0
 
 @dataclass
 class Asked:
-    """What was asked of a stack and what it answered."""
+    """What was asked of the stack below ``folder`` and what it answered; what its processes told of themselves."""
 
-    running: Supervisor
+    folder: Path
     prompt_ids: Sequence[int] = ()
     answers: list[str] = field(default_factory=list)
     ids: list[Sequence[int]] = field(default_factory=list)
     closed: int = 0
     metrics: dict[str, bytes] = field(default_factory=dict)
 
-    async def ask(self, client: Client, request_id: str, prompt: str = LONG, **options: object) -> None:
-        """One answer, kept as far as it comes."""
+    async def ask(
+        self,
+        client: Client,
+        request_id: str,
+        prompt: str = LONG,
+        *,
+        meanwhile: Callable[[], Awaitable[bool]] | None = None,
+        **options: object,
+    ) -> None:
+        """One answer, kept as far as it comes. ``meanwhile`` is called once it has begun; false: leave it."""
         texts, ids = list[str](), list[int]()
         events = client.generate(prompt, request_id=request_id, stop=(STOP,), ignore_eos=True, seed=3, **options)  # type: ignore[arg-type]  # by name
         async with aclosing(events):
@@ -68,20 +81,11 @@ class Asked:
                 if isinstance(event, Tokens):
                     texts += [token.text for token in event.tokens]
                     ids += [token.id for token in event.tokens]
-                    if request_id == "taken-over" and not self.killed:
-                        self.kill_target(event)
-                    if request_id == "left" and len(ids) > 8:
+                    if meanwhile is not None and len(ids) > 2 * RUN and not await meanwhile():
                         break
                 self.closed += isinstance(event, Finished)
         self.answers.append("".join(texts))
         self.ids.append(ids)
-
-    killed: int = 0
-
-    def kill_target(self, _: Tokens) -> None:
-        """The first one: whoever has the request goes on, or another goes on with it."""
-        self.killed = self.running.pid("target") or 0
-        os.kill(self.killed, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -92,33 +96,54 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
 
 async def run(folder: Path) -> Asked:
     """Answers, refusals, one answer that is left and one that loses its target; until all is audited."""
-    config = load(None, {}, [f"data_dir={folder}", *FREE_PORTS, *SETTINGS])
-    async with Supervisor(config) as running:
-        asked = Asked(running)
-        async with Client(running.router_address) as client:
-            asked.prompt_ids = await client.tokenize(LONG)
-            await asyncio.gather(
-                asked.ask(client, "drafted", max_tokens=120),
-                asked.ask(client, "drawn", max_tokens=60, temperature=0.9, drafting="off"),
-                asked.ask(client, "late", max_tokens=1500, timeout=0.4),
-                asked.ask(client, "left", max_tokens=1500),
-            )
-            await asked.ask(client, "cached", max_tokens=40)
-            await asked.ask(client, "taken-over", max_tokens=400)
-            for wrong in ({"max_tokens": 0}, {"temperature": -1.0}, {"request_id": "drawn", "max_tokens": 7}):
-                with pytest.raises(CountersignError):
-                    await asked.ask(client, **{"request_id": "refused", **wrong})  # type: ignore[arg-type]  # by name
-            with pytest.raises(CountersignError):
-                await asked.ask(client, "refused", prompt=LONG * 400)
+    asked, config = Asked(folder), load(None, {}, [f"data_dir={folder}", *FREE_PORTS, *SETTINGS])
+    async with AsyncExitStack() as undo:
+        running = await undo.enter_async_context(Supervisor(config))
         bus = await Bus.connect(running.nats_url, "test")
+        undo.push_async_callback(bus.close)
+        registry = await undo.enter_async_context(Registry(bus))
+        client = await undo.enter_async_context(Client(running.router_address))
+        asked.prompt_ids = await client.tokenize(LONG)
+        await asyncio.gather(
+            asked.ask(client, "drafted", max_tokens=120),
+            asked.ask(client, "drawn", max_tokens=60, temperature=0.9, drafting="off"),
+            asked.ask(client, "late", max_tokens=1500, timeout=0.6),
+            asked.ask(client, "left", max_tokens=1500, meanwhile=leave),
+        )
+        await asked.ask(client, "cached", max_tokens=40)
+        kill = partial(kill_target, "taken-over", Journal(bus), registry)
+        await asked.ask(client, "taken-over", max_tokens=800, drafting="off", meanwhile=kill)
+        await refused(client, asked)
         await audited(bus, asked.closed)
-        async with Registry(bus) as registry:
-            for each in (x for x in registry.everybody() if x.metrics_address):
-                asked.metrics[each.instance] = (
-                    await asyncio.to_thread(ask, f"http://{each.metrics_address}/metrics")
-                ).body
-        await bus.close()
+        for each in registry.everybody():
+            told = await asyncio.to_thread(ask, f"http://{each.metrics_address}/metrics")
+            asked.metrics[each.instance] = told.body
     return asked
+
+
+async def leave() -> bool:
+    return False
+
+
+async def kill_target(request_id: str, journal: Journal, registry: Registry) -> bool:
+    """The one that has the request, the first time that this is called."""
+    records = [decode(entry.data)[1] for entry in await journal.read(commit_subject(request_id))]
+    owners = [record.instance for record in records if isinstance(record, Assigned)]
+    if len(owners) == 1:
+        for each in registry.live("target"):
+            if each.instance == owners[0]:
+                with suppress(ProcessLookupError):
+                    os.kill(each.pid, signal.SIGKILL)
+    return True
+
+
+async def refused(client: Client, asked: Asked) -> None:
+    """Requests that are wrong in one way each: what refuses them may tell of it."""
+    for wrong in ({"max_tokens": 0}, {"temperature": -1.0}, {"request_id": "drawn", "max_tokens": 7}):
+        with pytest.raises(CountersignError):
+            await asked.ask(client, **{"request_id": "refused", **wrong})  # type: ignore[arg-type]  # by name
+    with pytest.raises(CountersignError):
+        await asked.ask(client, "refused", prompt=LONG * 400)
 
 
 async def audited(bus: Bus, least: int) -> None:
@@ -147,7 +172,7 @@ def exempt(folder: Path) -> list[Path]:
 
 
 def test_nothing_that_was_asked_or_answered_is_in_a_file_of_the_stack_but_the_token_log(asked: Asked) -> None:
-    folder = asked.running.data_dir
+    folder = asked.folder
     assert leaks(asked).below(folder, exempt(folder)) == {}
 
 
@@ -157,18 +182,18 @@ def test_nothing_that_was_asked_or_answered_is_in_metrics(asked: Asked) -> None:
 
 
 def test_it_was_looked_for_where_it_could_have_been(asked: Asked) -> None:
-    folder, found = asked.running.data_dir, leaks(asked)
+    folder, found = asked.folder, leaks(asked)
     assert found.below(folder)  # the token log: what is looked for is what is written
     assert all("CS_COMMITS" in file for file in found.below(folder, [folder / "kv"]))
     logs = "".join(file.read_text() for file in (folder / "logs").glob("*.log"))
     for words in ('"level": "debug"', '"request_id": "drafted"', "a request was taken from its target"):
         assert words in logs
     assert {kept.span.name for kept in read_spans(folder / "traces")} >= {"answer", "audit", "tokenizer/Encode"}
+    assert len(asked.metrics) >= 8
     assert all(b"countersign_" in body for body in asked.metrics.values())
     assert len(asked.answers) == 6
     assert all(len(answer) > PIECE for answer in asked.answers)
     assert (folder / "auditor" / "log").is_dir()
-    assert asked.killed
 
 
 @pytest.mark.parametrize("how", [*forms_of_text(SECRET), *forms_of_ids(range(300, 312))])
