@@ -375,6 +375,23 @@ def test_claims_that_contradict_each_other_are_refused(part: str, changes: dict[
         VERIFIER.form(forge(dataclasses.replace(receipt, **{part: changed})))
 
 
+def test_claims_that_contradict_each_other_in_one_way_alone_are_refused_for_that() -> None:
+    """None of these is caught by another rule."""
+    receipt, _ = example_receipt(finish_reason="stop", max_tokens=9)
+    output, evidence = receipt.output, receipt.evidence
+    halves = (payload.Segment("visible", 2), payload.Segment("visible", 2))
+    for changes, message in (
+        ({"request": dataclasses.replace(receipt.request, max_tokens=3)}, "more tokens than max_tokens"),
+        ({"output": dataclasses.replace(output, segments=halves)}, "in a row are of one kind"),
+        (
+            {"output": dataclasses.replace(output, tokens=5), "evidence": dataclasses.replace(evidence, passes=3)},
+            "do not add up to the tokens",
+        ),
+    ):
+        with pytest.raises(Inconsistent, match=message):
+            VERIFIER.form(forge(dataclasses.replace(receipt, **changes)))  # type: ignore[arg-type]
+
+
 def test_a_stop_without_any_token_is_refused() -> None:
     receipt, opened = example_receipt(output=(), finish_reason="cancelled")
     check(sign(receipt, opened, KEY))
