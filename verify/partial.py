@@ -112,7 +112,7 @@ def from_cbor(value: object) -> Disclosure:
         }:
             texts = tuple(text for text in stop if isinstance(text, str))
             plain = len(texts) == len(stop) <= MAX_STOPS and "" not in texts
-            if not plain or len(prompt_salt + stop_salt) != 2 * SALT_SIZE:
+            if not plain or not len(prompt_salt) == len(stop_salt) == SALT_SIZE:
                 raise Malformed("the partial openings are not of the form that receipts use")
             return PartialOpenings(unpack_ids(prompt), texts, prompt_salt, stop_salt, leaves_from_cbor(leaves))
     return full.from_cbor(value)

@@ -220,6 +220,14 @@ def test_show_can_print_the_last_time_that_a_receipt_may_hold(tmp_path: Path) ->
     assert "9999-12-31T23:59:59.999" in run("show", tmp_path / "late").output
 
 
+def test_an_answer_of_tomorrow_fails(case: Case, tmp_path: Path) -> None:
+    receipt, openings = example_receipt()
+    late = dataclasses.replace(receipt, usage=dataclasses.replace(receipt.usage, finished_unix_ms=253_402_300_799_999))
+    (tmp_path / "late").write_bytes(sign(late, openings, signing_key()))
+    result = check(case, tmp_path / "late", "--level", "form")
+    assert (result.exit_code, "in the future" in result.output) == (1, True)
+
+
 def logged(case: Case, tmp_path: Path) -> Path:
     """The honest receipt with a proof that it is leaf 1 of 2, and the checkpoint, which one witness has cosigned."""
     data = case.honest.read_bytes()

@@ -30,7 +30,7 @@ from countersign.verify.testing import (
 
 KEYS = [signing_key().public_key()]
 PROMPT = tuple(range(60, 70))
-HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>\u202e'
+HOSTILE = '" onmouseover="alert(1)" x="><script>alert(1)</script><img src=x onerror=alert(1)>\u202e'
 
 
 class Reader(HTMLParser):
@@ -105,6 +105,7 @@ def test_hostile_names_and_tokens_stay_text(reference: Reference) -> None:
     pieces = tuple(Piece(index, 7, HOSTILE + "\x1b[2J", False, score, HOSTILE) for index in range(3))
     reader = Reader(page(report, Answer(HOSTILE, pieces), HOSTILE))
     assert {tag for tag, _ in reader.elements}.isdisjoint({"script", "img"})
+    assert {name for tag, a in reader.elements if tag == "span" for name in a} == {"class", "tabindex", "data-tip"}
     assert len(reader.tokens) == 3
     assert "\x1b" not in page(report, Answer(HOSTILE, pieces), HOSTILE)
 

@@ -170,6 +170,11 @@ def with_path(path: list[bytes], parts: list[Any]) -> None:
     parts[4][2] = path
 
 
+def test_a_receipt_larger_than_any_is_refused_unread() -> None:
+    with pytest.raises(Malformed, match="larger than any COSE receipt"):
+        cose_receipt.parse(bytes(cose_receipt.MAX_BYTES + 1))
+
+
 def test_a_path_of_another_length_is_refused_before_the_signature() -> None:
     for path in ([], [bytes(32)] * 4, [bytes(32)] * 6):
         with pytest.raises(Inconsistent):

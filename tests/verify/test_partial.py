@@ -17,7 +17,7 @@ from countersign.verify.coin.bill import Bill
 from countersign.verify.coin.challenge import Demand
 from countersign.verify.coin.counting import Drawn
 from countersign.verify.errors import Inconsistent, Malformed, OpeningMismatch, VerificationError
-from countersign.verify.openings import MAX_STOPS
+from countersign.verify.openings import MAX_STOPS, salted_prompt, salted_stop
 from countersign.verify.receipt import (
     HiddenMarkers,
     Openings,
@@ -134,6 +134,27 @@ def test_an_answer_to_a_prompt_that_ends_inside_a_thought_cannot_begin_as_visibl
     sold = partial.withhold(opened, "example-1", [(0, 2)])
     with pytest.raises(OpeningMismatch, match="begins as visible"):
         VERIFIER.count(VERIFIER.form(forge(replace(receipt, output=turned), sold)))
+
+
+def test_a_salt_does_not_swallow_a_stop_string() -> None:
+    """A longer salt, and a shorter one beside it: the same digest would open as two lists of stop strings."""
+    receipt, opened = example()
+    salt, swallowed = bytes(32), b"\0\0\0\2ab"
+    short = bytes(32 - len(swallowed))
+    request = replace(
+        receipt.request,
+        stop=salted_stop(["ab", "cd"], salt),
+        prompt=salted_prompt(opened.prompt_token_ids, short),
+    )
+    assert salted_stop(["cd"], salt + swallowed) == request.stop
+    two_ways = replace(
+        partial.withhold(opened, "example-1", [(0, 1), (6, 9)]),
+        stop=("cd",),
+        stop_salt=salt + swallowed,
+        prompt_salt=short,
+    )
+    with pytest.raises(Malformed):
+        VERIFIER.count(VERIFIER.form(forge(replace(receipt, request=request), two_ways)))
 
 
 def test_more_stop_strings_than_any_request_has_are_malformed() -> None:
