@@ -11,10 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from scraping import scraped
 from stacks import Running, start_stack, stop_stack
 
 from countersign.cli.prompts import heldout_prompts
 from countersign.client import Answer, Client, Finished, FinishReason, Tokens
+from countersign.services.runtime.bus import Bus
+from countersign.services.runtime.registry import Registry
 from countersign.verify.audit import audit
 from countersign.verify.difr import load_reference
 from countersign.verify.keys import load_public
@@ -117,3 +120,15 @@ async def test_no_rank_outlives_its_target(tmp_path: Path) -> None:
     gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
     assert not alive, gone
     assert stop_stack(running) == 0
+
+
+async def test_operators_see_the_bytes_between_ranks_by_direction(two_ranks: Running) -> None:
+    async with Client(two_ranks.router) as client:
+        await client.complete(PROMPT * 20, max_tokens=2)  # long enough for queries to travel round the ring
+    bus = await Bus.connect(two_ranks.nats, "test")
+    async with Registry(bus) as registry:
+        await registry.wait_for("target", 20)
+        sent = await scraped(registry, "target", "countersign_ring_sent_bytes_total", "countersign_ring_direction")
+    await bus.close()
+    assert sent.keys() == {"forward", "back"}
+    assert min(sent.values()) > 0
