@@ -389,7 +389,7 @@ def test_claims_that_contradict_each_other_in_one_way_alone_are_refused_for_that
         ),
     ):
         with pytest.raises(Inconsistent, match=message):
-            VERIFIER.form(forge(dataclasses.replace(receipt, **changes)))  # type: ignore[arg-type]
+            VERIFIER.form(forge(dataclasses.replace(receipt, **changes)))
 
 
 def test_a_stop_without_any_token_is_refused() -> None:
