@@ -14,14 +14,14 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from countersign.services.auditor.case import Disclosed, Missed, NotYet, case_of
+from countersign.services.auditor.case import Case, Disclosed, Missed, NotYet, case_of
 from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Audit, Ledger
 from countersign.services.auditor.metering import AuditMeter
 from countersign.services.auditor.tracing import request_span
 from countersign.services.protocol.commit import Entry
 from countersign.services.protocol.subjects import commit_subject
-from countersign.services.runtime.errors import CountersignError, DataLoss
+from countersign.services.runtime.errors import CountersignError, DataLoss, ResourceExhausted
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
 from countersign.services.runtime.telemetry.context import request_context
@@ -33,6 +33,8 @@ from countersign.verify.verdict import Finding, Verdict, beacon_of
 FIRST_WAIT_MS = 250
 LONGEST_WAIT_MS = 30_000
 MOST_FAILURES = 5
+MOST_LOG_BYTES = 128 * 1024 * 1024
+"""Of one request's token log: some 300,000 tokens with fingerprints of the largest size."""
 
 _FORM: tuple[Level, ...] = ("form",)
 
@@ -103,19 +105,14 @@ class Docket:
         return True
 
     async def _audit(self, drawn: _Drawn) -> None:
-        records = await self._read(commit_subject(drawn.request_id))
-        findings = await self._findings(drawn, records)
-        if findings is None:
-            due = self._wall_ms() + wait_ms(drawn.audit.attempts)
-            await asyncio.to_thread(self._ledger.postpone, drawn.audit.index, due)
-        else:
+        findings = await self._findings(drawn)
+        if findings is not None:
             await asyncio.to_thread(self._decide, drawn, findings)
 
-    async def _findings(self, drawn: _Drawn, records: Sequence[Entry]) -> list[Finding] | None:
+    async def _findings(self, drawn: _Drawn) -> list[Finding] | None:
         """What the levels say; None where it is too early, or the audit itself failed and is to be tried again."""
         try:
-            beacon = beacon_of(drawn.checkpoint, self._keys.log_key)
-            case = await asyncio.to_thread(case_of, drawn.receipt, drawn.request_id, records, beacon)
+            case = await self._case(drawn)
             return None if isinstance(case, NotYet) else await self._audited(drawn, case)
         except CountersignError:
             raise  # nothing of this audit: it waits until that is mended
@@ -125,6 +122,14 @@ class Docket:
             if self._failures[drawn.audit.index] < MOST_FAILURES:
                 return None
             return [Finding("form", "inconclusive", f"the audit could not be made: {error}")]
+
+    async def _case(self, drawn: _Drawn) -> Case:
+        try:
+            records = await self._read(commit_subject(drawn.request_id))
+        except ResourceExhausted as error:
+            return Missed(f"the token log of the request is larger than any: {error.message}")
+        beacon = beacon_of(drawn.checkpoint, self._keys.log_key)
+        return await asyncio.to_thread(case_of, drawn.receipt, drawn.request_id, records, beacon)
 
     async def _audited(self, drawn: _Drawn, case: Disclosed | Missed) -> list[Finding]:
         """The audit itself, in the trace of the request."""
@@ -146,9 +151,12 @@ class Docket:
         return [*form, Finding("count", "inconclusive", case.why)]
 
     def _due(self) -> _Drawn | None:
-        audit = self._ledger.next_audit(self._wall_ms())
+        """The next one, due again later from here on: one that kills this process keeps no other waiting."""
+        now = self._wall_ms()
+        audit = self._ledger.next_audit(now)
         if audit is None:
             return None
+        self._ledger.postpone(audit.index, now + wait_ms(audit.attempts))
         entry, checkpoint = self._ledger.find(audit.digest), self._ledger.checkpoint_over(audit.index)
         if entry is None or checkpoint is None:
             raise DataLoss(f"the ledger lacks what receipt {audit.index} was drawn from", reason="LEDGER_MISMATCH")

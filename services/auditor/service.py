@@ -20,7 +20,7 @@ from opentelemetry import trace
 
 from countersign.services.auditor.case import Disclosed
 from countersign.services.auditor.cosigning import Cosigners, add_checkpoint
-from countersign.services.auditor.docket import Docket
+from countersign.services.auditor.docket import MOST_LOG_BYTES, Docket
 from countersign.services.auditor.examiner import Examiner
 from countersign.services.auditor.following import Follower
 from countersign.services.auditor.intake import Intake
@@ -327,9 +327,10 @@ async def _in_thread(answer: Callable[..., T], *arguments: object) -> T:
 
 
 async def _within(seconds: float, event: asyncio.Event) -> None:
-    """Until the event, and no longer than that."""
+    """Until the event, and no longer than that. (``wait_for`` loses a stop that comes with it, before Python 3.12.)"""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 async def create(context: Context) -> AuditorService:
@@ -350,7 +351,8 @@ async def create(context: Context) -> AuditorService:
     metrics.observe(metrics.LOG_SIZE, lambda: books.log.size)
     metrics.observe(metrics.AUDITS_WAITING, lambda: ledger.counts().waiting)
     metrics.observe(metrics.EQUIVOCATIONS, lambda: ledger.counts().conflicts)
-    docket = Docket(books.log, ledger, keys, journal.read, examiner.audit, wall_ms)
+    read = partial(journal.read, most=MOST_LOG_BYTES)
+    docket = Docket(books.log, ledger, keys, read, examiner.audit, wall_ms)
     receipts = partial(Consumer.open, context.bus, RECEIPTS, f"auditor-{keys.log_name}")
     service.works(receipts, docket, Outbox(journal, ledger, keys))
     context.log.info("the log is served", extra={"url": site.url, "origin": keys.origin, "size": books.log.size})

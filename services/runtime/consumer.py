@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ class Consumer:
             return []
         except NatsError as error:
             raise Unavailable(f"JetStream hands nothing out: {error}", reason="JETSTREAM_UNAVAILABLE") from None
+        finally:
+            _still_cancelled()
         return [_delivery(message) for message in messages]
 
     async def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
@@ -110,6 +113,13 @@ class Consumer:
             await delivery.message.nak(delay_s)
         except NatsError as error:
             raise Unavailable(f"a delivery cannot be put off: {error}", reason="DISCONNECTED") from None
+
+
+def _still_cancelled() -> None:
+    """nats-py loses a cancellation that comes with a message (its ``wait_for``, before Python 3.12)."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _delivery(message: Msg) -> Delivery:

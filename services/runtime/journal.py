@@ -36,6 +36,7 @@ from countersign.services.runtime.errors import (
     Internal,
     InvalidArgument,
     NotFound,
+    ResourceExhausted,
     Unavailable,
 )
 from countersign.services.runtime.jetstream import STREAM_EXISTS, WrongSequence, header, is_status, reply_of, status_of
@@ -154,20 +155,24 @@ class Journal:
                 return "lost"
             raise
 
-    async def read(self, subject: str, *, after: int = 0) -> list[Entry]:
-        """All entries of a subject with a sequence over ``after``, in order.
+    async def read(self, subject: str, *, after: int = 0, most: int | None = None) -> list[Entry]:
+        """All entries of a subject with a sequence over ``after``, in order; of ``most`` bytes, if that is given.
 
         With replicas any of them may answer, so the newest entries can be missing for a moment; those that come are
         always the next ones.
 
         Raises:
             Unavailable, DeadlineExceeded: JetStream does not answer.
+            ResourceExhausted: reason LOG_TOO_LARGE: there is more than ``most``.
         """
         entries: list[Entry] = []
-        more = True
+        size, more = 0, True
         while more:
             batch, more = await self._read_batch(subject, entries[-1].sequence if entries else after)
             entries += batch
+            size += sum(len(entry.data) for entry in batch)
+            if most is not None and size > most:
+                raise ResourceExhausted(f"{subject} has more than {most} bytes", reason="LOG_TOO_LARGE")
         return entries
 
     async def pages_back(self, subject: str) -> AsyncGenerator[list[Entry]]:

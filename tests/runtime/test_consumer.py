@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -61,6 +62,25 @@ async def test_what_is_put_off_comes_again_after_its_time(bus: Bus, journal: Jou
     await consumer.postpone(first, 0.3)
     (again,) = await fetched(consumer, 1)
     assert again.attempt == 2
+
+
+async def test_a_stop_that_comes_with_a_message_is_not_lost(
+    bus: Bus, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = await Consumer.open(bus, RECEIPTS, "reader")
+
+    async def swallow(*_: object, **__: object) -> list[object]:
+        """As nats-py does when both come in one turn of the loop."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(END_S)
+        return []
+
+    monkeypatch.setattr(consumer._subscription, "fetch", swallow)
+    fetching = asyncio.create_task(consumer.fetch(10, END_S))
+    await asyncio.sleep(0)
+    fetching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
 
 
 async def test_places_under_two_names_are_two_places(bus: Bus, journal: Journal) -> None:

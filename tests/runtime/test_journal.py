@@ -11,7 +11,13 @@ from nats.aio.subscription import Subscription
 
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.config import NatsConfig
-from countersign.services.runtime.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable
+from countersign.services.runtime.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
 from countersign.services.runtime.journal import COMMITS, Entry, Journal, WrongSequence
 from countersign.services.runtime.nats_server import NatsServer
 
@@ -84,6 +90,10 @@ async def test_large_logs_are_read_whole(journal: Journal) -> None:
         last = await journal.append(LOG, os.urandom(size), expected=last, timeout=5)
         sizes.append(size)
     assert [len(entry.data) for entry in await journal.read(LOG)] == sizes
+    assert len(await journal.read(LOG, most=sum(sizes))) == len(sizes)
+    with pytest.raises(ResourceExhausted) as refusal:
+        await journal.read(LOG, most=sum(sizes) - 1)
+    assert refusal.value.reason == "LOG_TOO_LARGE"
 
 
 async def test_an_append_that_has_not_seen_the_last_entry_is_refused_and_stores_nothing(journal: Journal) -> None:

@@ -23,7 +23,7 @@ from countersign.services.protocol.commit import LogState, encode
 from countersign.services.protocol.subjects import request_of
 from countersign.services.runtime.call import M
 from countersign.services.runtime.config import AuditorConfig, Config
-from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound
+from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from countersign.services.runtime.rpc import Channel, RpcServer
 from countersign.v1 import auditor_pb2 as pb
 from countersign.v1.commit_pb2 import Cancelled, Closed
@@ -201,6 +201,37 @@ async def test_a_case_that_breaks_is_said_like_an_audit_that_does(
     assert await auditor.audit(answers[0]) == ("inconclusive", [("form", "inconclusive")])
 
 
+async def test_an_audit_that_kills_the_process_keeps_no_other_waiting(
+    auditor: Auditor, answers: list[Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly, honest = answers[0], answers[1]
+    auditor.log(deadly, honest)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as once:
+        once.setattr("countersign.services.auditor.docket.case_of", kill)
+        with pytest.raises(Killed):
+            await auditor.docket.next()
+    assert await auditor.docket.next()
+    found = [auditor.books.ledger.audit_of(request.digest) for request in (deadly, honest)]
+    assert [None if audit is None else audit.outcome is not None for audit in found] == [False, True]
+
+
+async def test_a_token_log_without_end_is_not_read_to_its_end(auditor: Auditor, answers: list[Done]) -> None:
+    auditor.log(answers[0])
+
+    async def endless(_: str) -> Sequence[Entry]:
+        raise ResourceExhausted("more than 128 MiB", reason="LOG_TOO_LARGE")
+
+    auditor.docket._read = endless
+    assert await auditor.audit(answers[0]) == ("inconclusive", [("form", "pass"), ("count", "inconclusive")])
+
+
 async def test_without_a_key_to_check_with_audits_wait_for_it(auditor: Auditor, answers: list[Done]) -> None:
     auditor.log(answers[0])
     file = auditor.examiner._key_file
@@ -211,6 +242,7 @@ async def test_without_a_key_to_check_with_audits_wait_for_it(auditor: Auditor, 
         with pytest.raises(FailedPrecondition):
             await auditor.docket.next()
     file.write_bytes(good)
+    auditor.now += 10**6
     assert (await auditor.audit(answers[0]))[1][0] == ("form", "pass")
 
 
