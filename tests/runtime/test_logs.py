@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext
 
@@ -20,6 +22,7 @@ from countersign.v1.kv_pb2 import LookupRequest
 from countersign.v1.target_pb2 import StartRequest
 
 HOSTILE = "two\nlines\r\x1b[31m\u2028\x9b2J \ud800\x00"
+WORDS = ("exc_type", "exc_value", "frames", "exceptions", "filename", "lineno", "name", "message", "exception")
 CONTEXT = SpanContext(trace_id=0xABC, span_id=0xDEF, is_remote=False)
 
 
@@ -220,6 +223,29 @@ def test_a_stream_that_is_gone_harms_nobody(log: Log) -> None:
     logger, stream = log()
     stream.close()
     logger.info("ready")
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS) | st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(message=st.text(st.characters()), fields=st.dictionaries(st.text(st.characters()), ANYTHING, max_size=4))
+def test_whatever_a_record_holds_it_is_one_line_that_can_be_read_back(message: str, fields: dict[str, Any]) -> None:
+    record = {"message": message, **fields}
+    line = lines.to_json(record)
+    assert line.isascii()
+    assert line.isprintable()
+    assert (lines.parsed(line) or {}).keys() == record.keys()
+    assert lines.to_human(record | {"exception": None}).isprintable()
+
+
+@given(exception=ANYTHING)
+def test_a_line_of_another_program_is_no_trap(exception: Any) -> None:
+    line = json.dumps({"message": "x", "exception": exception})
+    assert all(each.isprintable() for each in lines.readable(line).split("\n"))
 
 
 def test_what_is_no_record_is_read_as_it_is() -> None:

@@ -27,7 +27,8 @@ _PLAIN = "\x1b[0m"
 
 def to_json(fields: Fields) -> str:
     """One line of ASCII, whatever the values are."""
-    return json.dumps({key: _json_value(value) for key, value in fields.items()}, default=text_of)
+    values = {key: value if key == "exception" else _json_value(value) for key, value in fields.items()}
+    return json.dumps(values, default=text_of).replace("\x7f", "\\u007f")
 
 
 def to_human(fields: Fields, *, colour: bool = False) -> str:
@@ -37,7 +38,7 @@ def to_human(fields: Fields, *, colour: bool = False) -> str:
     if colour and level in _STYLES:
         name = f"{_STYLES[level]}{name}{_PLAIN}"
     head = [_line(fields.get("time", "")), name, _line(fields.get("service", "")), _line(fields.get("message", ""))]
-    rest = [f"{key}={_quoted(value)}" for key, value in fields.items() if key not in _LEFT_OUT]
+    rest = [f"{_line(key)}={_quoted(value)}" for key, value in fields.items() if key not in _LEFT_OUT]
     return "\n".join([" ".join(part for part in (*head, *rest) if part), *_traceback(fields.get("exception"))])
 
 
@@ -68,7 +69,7 @@ def text_of(value: object) -> str:
 
 
 def _json_value(value: object) -> object:
-    if value is None or isinstance(value, bool | int | list):  # a list is an exception's
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
@@ -96,11 +97,17 @@ def _traceback(exception: object, indent: str = "  ") -> list[str]:
     if not isinstance(exception, list):
         return []
     lines: list[str] = []
-    for one in reversed([one for one in exception if isinstance(one, dict)]):
-        for frame in one.get("frames", ()):
-            place = f"{_line(frame.get('filename'))}:{frame.get('lineno')}"
+    for one in reversed(_dicts(exception)):
+        for frame in _dicts(one.get("frames")):
+            place = f"{_line(frame.get('filename'))}:{_line(frame.get('lineno'))}"
             lines.append(f"{indent}  {place} in {_line(frame.get('name'))}")
         lines.append(f"{indent}{_line(one.get('exc_type'))}: {_line(one.get('exc_value'))}")
-        for each in one.get("exceptions", ()):
+        group = one.get("exceptions")
+        for each in group if isinstance(group, list) else ():
             lines += _traceback(each, f"{indent}  | ")
     return lines
+
+
+def _dicts(value: object) -> list[dict[str, object]]:
+    """Those of a list; a line of a log file may hold anything."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []

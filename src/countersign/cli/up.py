@@ -42,8 +42,10 @@ async def _run(file: Path | None, overrides: list[str]) -> None:
     # Imported here: the bus and gRPC take half a second that `countersign --help` need not pay.
     from countersign.services.runtime.config import load
     from countersign.services.runtime.supervisor import Supervisor
+    from countersign.services.runtime.telemetry import logs
 
     settings = load(file, os.environ, overrides)
+    logs.configure("supervisor", level=settings.telemetry.log_level, style=settings.telemetry.log_format)
     if settings.target.fault != "none":
         print(f"countersign: the target will CHEAT on purpose: target.fault={settings.target.fault}", file=sys.stderr)
     await Supervisor(settings, on_event=printer(_print, HINT)).run()
