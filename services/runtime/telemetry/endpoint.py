@@ -56,6 +56,7 @@ class Served:
     def close(self) -> None:
         """Stop listening. Calls in hand end with the process."""
         if self._server is not None:
+            self._server.closing = True
             self._server.shutdown()
             self._thread.join()
             self._server.server_close()
@@ -169,6 +170,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
     request_queue_size = 64
+    closing = False
 
     def __init__(self, host: str, port: int) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -182,7 +184,10 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self._free.acquire()
+        while not self._free.acquire(timeout=_POLL_S):
+            if self.closing:  # no place gets free as long as silent peers hold them
+                self.shutdown_request(request)
+                return
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -196,3 +197,27 @@ async def test_after_its_end_nobody_listens(served: Served) -> None:
     host, port = served.address.split(":")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)))
+
+
+async def test_silent_peers_do_not_keep_a_process_from_ending(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "PATIENCE_S", 600)
+    assert served._server is not None
+    free, full = served._server._free, threading.Event()
+    acquire = free.acquire
+
+    def acquired(**wait: Any) -> bool:
+        found = acquire(**wait)
+        if not found:
+            full.set()
+        return found
+
+    monkeypatch.setattr(free, "acquire", acquired)
+    host, port = served.address.split(":")
+    silent = [socket.create_connection((host, int(port))) for _ in range(MOST_CALLS + 1)]
+    try:
+        assert await asyncio.to_thread(full.wait, 20)
+        async with asyncio.timeout(20):
+            await asyncio.to_thread(served.close)
+    finally:
+        for each in silent:
+            each.close()
