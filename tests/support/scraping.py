@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,15 +10,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from countersign.services.runtime.registry import Registry
 
 
-async def scraped(registry: Registry, service: str, name: str, label: str = "") -> Counter[str]:
+async def scraped(registry: Registry, service: str, name: str, label: str = "") -> dict[str, float]:
     """The samples of this name by a label's values, summed over the service's instances."""
     addresses = {each.metrics_address for each in registry.live(service)}
-    found: Counter[str] = Counter()
+    found: dict[str, float] = {}
     for text in await asyncio.gather(*(asyncio.to_thread(_text, address) for address in addresses)):
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == name:
-                    found[sample.labels.get(label, "")] += sample.value
+                    value = sample.labels.get(label, "")
+                    found[value] = found.get(value, 0.0) + sample.value
     return found
 
 
