@@ -87,17 +87,11 @@ class RequestTrace:
 
 def trace_of(kept: Iterable[KeptSpan], wanted: str) -> RequestTrace | None:
     """What is kept of a request, by its id or by a trace's; None where that is nothing."""
-    spans = {(node.trace_id, node.span_id): node for node in map(node_of, kept)}  # a span that was written twice is one
-    traces: dict[str, list[Node]] = {}
-    for node in spans.values():
-        traces.setdefault(node.trace_id, []).append(node)
-    own = [nodes for trace, nodes in traces.items() if trace == wanted or any(_of(node, wanted) for node in nodes)]
+    own, linked = _traces(list(kept), wanted)
     if not own:
         return None
     # The trace in which it was asked; others of its id came later: it was resumed, or cancelled.
     main, *others = sorted(own, key=_rank)
-    trace_id = main[0].trace_id
-    others += [each for each in traces.values() if each not in own and any(trace_id in node.links for node in each)]
     trees = _trees(main)
     waited = max((root.end for root in trees if root.service != _AUDITOR), default=trees[0].end)
     waited += (waited - trees[0].start) // 4
@@ -110,10 +104,10 @@ def trace_of(kept: Iterable[KeptSpan], wanted: str) -> RequestTrace | None:
         request_id=next(
             (str(node.attributes[names.REQUEST_ID]) for node in main if names.REQUEST_ID in node.attributes), ""
         ),
-        trace_id=trace_id,
+        trace_id=main[0].trace_id,
         roots=tuple(within or trees),
         later=tuple(sorted(later if within else (), key=_begin)),
-        linked=tuple(sorted((root for nodes in others for root in _trees(nodes)), key=_begin)),
+        linked=tuple(sorted((root for nodes in (*others, *linked) for root in _trees(nodes)), key=_begin)),
     )
 
 
@@ -176,8 +170,21 @@ def _value(value: AnyValue) -> Any:
     return getattr(value, kind) if kind else None
 
 
-def _of(node: Node, request_id: str) -> bool:
-    return bool(node.attributes.get(names.REQUEST_ID) == request_id)
+def _traces(kept: Sequence[KeptSpan], wanted: str) -> tuple[list[list[Node]], list[list[Node]]]:
+    """Traces that are of the request, and others with a link to one of them. Of all the rest nothing is read."""
+    own = {one.span.trace_id for one in kept if one.span.trace_id.hex() == wanted or _names(one.span, wanted)}
+    linked = {one.span.trace_id for one in kept for link in one.span.links if link.trace_id in own} - own
+    both = own | linked
+    # A span that was written twice is one.
+    spans = {(one.span.trace_id, one.span.span_id): one for one in kept if one.span.trace_id in both}
+    found: dict[bytes, list[Node]] = {trace: [] for trace in both}
+    for (trace, _), one in spans.items():
+        found[trace].append(node_of(one))
+    return [found[trace] for trace in own], [found[trace] for trace in linked]
+
+
+def _names(span: Span, request_id: str) -> bool:
+    return any(each.key == names.REQUEST_ID and each.value.string_value == request_id for each in span.attributes)
 
 
 def _rank(nodes: Sequence[Node]) -> tuple[bool, int]:
