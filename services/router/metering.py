@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from opentelemetry.metrics import MeterProvider
 
 from countersign.services.runtime.errors import CountersignError, Internal
+from countersign.services.runtime.reasons import finish_name
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import metrics
 from countersign.v1.router_pb2 import Finished, StreamEvent
@@ -94,5 +95,5 @@ class Measured:
             self._meter.each.record((now - self._first) / (usage.output_tokens - 1), self._asked)
         for kind, tokens in (("input", usage.prompt_tokens), ("output", usage.output_tokens)):
             self._meter.tokens.record(tokens, {metrics.MODEL: model, metrics.TOKEN_TYPE: kind})
-        reason = FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower()
+        reason = finish_name(finished.reason)
         self.ends(reason, _FAILURES.get(finished.reason, ""))

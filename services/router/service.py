@@ -159,7 +159,7 @@ class RouterService:
         finished = False
         opened = False
         span = trace.get_current_span()  # of this call
-        generation = GenerationSpan.of_call(request, content=self._content)
+        generation = GenerationSpan(span, request, content=self._content)
         phases = tracing.Phases(self._tracer, span)
         try:
             with phases.step("admit"):
@@ -177,6 +177,7 @@ class RouterService:
             generation.left()
             raise
         finally:
+            generation.close()
             phases.end()
             self._active -= 1
             goes_on = request.on_disconnect == OnDisconnect.ON_DISCONNECT_CONTINUE

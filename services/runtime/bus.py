@@ -172,10 +172,7 @@ class Bus:
         if timeout <= 0:
             raise DeadlineExceeded(f"no time is left to call {subject}", reason="EXPIRED_BEFORE_SENDING")
         headers = {DEADLINE_HEADER: str(int((time.time() + timeout) * 1000))}
-        attributes = {
-            **tracing.rpc_attributes("nats", service, method),
-            **tracing.messaging_attributes(subject, "send"),
-        }
+        attributes = tracing.rpc_attributes("nats", service, method)
         tracer = self._tracer if traced else None
         with tracing.client_span(tracer, f"{service}/{method}", attributes) as span:
             tracing.inject(headers, span)

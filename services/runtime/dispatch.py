@@ -78,10 +78,7 @@ class Dispatcher:
 
     async def _run(self, msg: Msg, method: Method) -> None:
         headers = msg.headers or {}
-        attributes = {
-            **tracing.rpc_attributes("nats", self._service, method.name),
-            **tracing.messaging_attributes(msg.subject, "process"),
-        }
+        attributes = tracing.rpc_attributes("nats", self._service, method.name)
         with tracing.server_span(self._tracer, f"{self._service}/{method.name}", attributes, headers) as span:
             try:
                 data = await self._result(msg, method, headers)

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from countersign.services.protocol.commit import LogState
 from countersign.services.runtime.errors import Internal
+from countersign.services.runtime.reasons import finish_name
 from countersign.services.runtime.telemetry import tracing
 from countersign.v1.commit_pb2 import Opened
 from countersign.v1.router_pb2 import ModelInfo
@@ -16,11 +17,6 @@ from countersign.verify import receipt as receipts
 from countersign.verify.logged import activations_of, markers_of, openings_of, segments_in
 from countersign.verify.payload import FinishReason as SignedReason
 from countersign.verify.payload import KvPolicy
-
-
-def finish_name(reason: FinishReason.ValueType) -> SignedReason:
-    """FINISH_REASON_STOP is signed as "stop", and so on."""
-    return cast(SignedReason, FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower())
 
 
 class ReceiptMaker:
@@ -59,7 +55,7 @@ class ReceiptMaker:
                 log.request_id,
                 log.token_ids,
                 opened.salt_key,
-                finish_reason=finish_name(reason),
+                finish_reason=cast(SignedReason, finish_name(reason)),
                 segments=segments_in(log, opened),
             ),
             evidence=receipts.Evidence(

@@ -64,8 +64,8 @@ class Session:
 
     @property
     def span(self) -> Span:
-        """What is done for it now belongs there."""
-        return self.trace.phase
+        """What is done for it belongs there."""
+        return self.trace.span
 
     @property
     def waits(self) -> bool:

@@ -7,6 +7,7 @@ from contextvars import Context
 from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span, Tracer
 
 from countersign.services.protocol.writer import Writer
+from countersign.services.runtime.reasons import finish_name
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
 from countersign.services.runtime.telemetry.wiring import MOST_EVENTS
@@ -30,11 +31,6 @@ class AnswerTrace:
         self._waited = self._longest = 0.0
 
     @property
-    def phase(self) -> Span:
-        """What the request is doing now: work for it belongs there."""
-        return self._phases.now
-
-    @property
     def traceparent(self) -> str:
         """The context of ``answer``, for other services; empty where nothing is traced."""
         return tracing.traceparent(self.span)
@@ -49,7 +45,7 @@ class AnswerTrace:
 
     def found(self, blocks: int) -> None:
         """So many blocks of its prefix need not be computed."""
-        self.phase.set_attribute(names.CACHED_BLOCKS, blocks)
+        self._phases.note(names.CACHED_BLOCKS, blocks)
 
     def preempted(self) -> None:
         """Its pages went to others; it is computed again later."""
@@ -88,8 +84,7 @@ class AnswerTrace:
         self.span.end()
 
     def _closed(self, closed: Closed) -> None:
-        name = FinishReason.Name(closed.reason).removeprefix("FINISH_REASON_").lower()
-        self.span.set_attribute(names.FINISH_REASONS, (name,))
+        self.span.set_attribute(names.FINISH_REASONS, (finish_name(closed.reason),))
         if closed.receipt_sha256:
             self.span.set_attribute(names.RECEIPT, closed.receipt_sha256.hex())
         if closed.reason == FinishReason.FINISH_REASON_ERROR:

@@ -43,7 +43,7 @@ from countersign.services.runtime.errors import DataLoss, Unavailable
 from countersign.services.runtime.rpc import Channel
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
-from countersign.services.runtime.telemetry.generation import GenerationSpan, asked, span_name
+from countersign.services.runtime.telemetry.generation import GenerationSpan, span_name
 from countersign.v1 import router_pb2, sampling_pb2
 
 __all__ = [
@@ -292,9 +292,11 @@ class Client:
     ) -> AsyncGenerator[Event, None]:
         """One answer as one span of the caller's trace, or of one that begins here."""
         host, _, port = self._address.rpartition(":")
-        told = asked(request) | {names.SERVER_ADDRESS: host, names.SERVER_PORT: int(port) if port.isdigit() else 0}
+        told: dict[str, str | int] = {names.SERVER_ADDRESS: host}
+        if port.isdigit():
+            told[names.SERVER_PORT] = int(port)
         span = self._tracer.start_span(span_name(request.model), kind=SpanKind.CLIENT, attributes=told)
-        progress.span = GenerationSpan(span)
+        progress.span = GenerationSpan(span, request)
         with tracing.ended(span):
             try:
                 async with aclosing(self._answer(stream, progress, goes_on, span)) as events:
@@ -303,6 +305,8 @@ class Client:
             except (GeneratorExit, asyncio.CancelledError):
                 progress.span.left()
                 raise
+            finally:
+                progress.span.close()
 
     async def _answer(
         self, stream: _Stream, progress: _Progress, goes_on: bool, span: Span | None = None

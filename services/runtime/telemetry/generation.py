@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 
-from opentelemetry import trace
 from opentelemetry.trace import Span
+from opentelemetry.util.types import AttributeValue
 
+from countersign.services.runtime.reasons import finish_name
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
-from countersign.v1.router_pb2 import GenerateRequest, StreamEvent
+from countersign.v1.router_pb2 import Accepted, Finished, GenerateRequest, StreamEvent
 from countersign.v1.sampling_pb2 import FinishReason
 
 
@@ -20,26 +21,20 @@ def span_name(model: str) -> str:
 
 
 class GenerationSpan:
-    """Fills in ``span`` as the request goes on. ``content``: with the answer, which nothing else here tells."""
+    """What a span says of one generation. It is noted as the request goes on and written at the end (`close`), so that
+    nobody waits for it. ``content``: with prompt and answer, which nothing else here tells.
+    """
 
-    def __init__(self, span: Span, *, content: bool = False) -> None:
+    def __init__(self, span: Span, request: GenerateRequest, *, content: bool = False) -> None:
         self._span = span
+        self._request = request
         self._on = span.is_recording()
         self._began = time.monotonic() if self._on else 0.0
+        self._first = 0.0
+        self._accepted: Accepted | None = None
+        self._finished: Finished | None = None
+        self._left = False
         self._text: list[str] | None = [] if content and self._on else None
-        self._waiting, self._finished = True, False
-
-    @staticmethod
-    def of_call(request: GenerateRequest, *, content: bool) -> GenerationSpan:
-        """The current span, which is that of the call."""
-        span = trace.get_current_span()
-        if span.is_recording():
-            span.update_name(span_name(request.model))
-            span.set_attributes(asked(request))
-            if content:
-                prompt = request.text or f"{len(request.token_ids.ids)} token ids"
-                span.set_attribute(names.INPUT_MESSAGES, _messages("user", prompt))
-        return GenerationSpan(span, content=content)
 
     def sees(self, event: StreamEvent) -> None:
         """An event of the answer, before it goes on."""
@@ -47,42 +42,40 @@ class GenerationSpan:
             return
         match event.WhichOneof("event"):
             case "accepted":
-                self._accepted(event)
+                self._accepted = event.accepted
             case "finished":
-                self._finish(event)
+                self._finished = event.finished
             case "tokens" | "hidden":
-                self._chunk(event)
+                self._first = self._first or time.monotonic()
+                if self._text is not None:
+                    self._text += [token.text for token in event.tokens.tokens]
 
     def left(self) -> None:
         """Whoever read it has gone away."""
-        if self._on and not self._finished:
-            self._span.set_attribute(names.FINISH_REASONS, ("cancelled",))
+        self._left = True
 
-    def _accepted(self, event: StreamEvent) -> None:
-        self._span.update_name(span_name(event.accepted.model))
-        self._span.set_attributes(
-            {
-                names.REQUEST_ID: event.accepted.request_id,
-                names.RESPONSE_ID: event.accepted.request_id,
-                names.REQUEST_MODEL: event.accepted.model,
-                names.RESPONSE_MODEL: event.accepted.model,
-                names.INPUT_TOKENS: event.accepted.prompt_tokens,
-            }
-        )
+    def close(self) -> None:
+        """Nothing more comes."""
+        if not self._on:
+            return
+        model = self._accepted.model if self._accepted is not None else self._request.model
+        self._span.update_name(span_name(model))
+        self._span.set_attributes(asked(self._request) | self._answered() | self._said())
+        if self._finished is not None and self._finished.reason == FinishReason.FINISH_REASON_ERROR:
+            tracing.fail(self._span, "FINISHED_WITH_ERROR")
 
-    def _chunk(self, event: StreamEvent) -> None:
-        if self._waiting:
-            self._waiting = False
-            self._span.set_attribute(names.TIME_TO_FIRST_CHUNK, time.monotonic() - self._began)
-        if self._text is not None:
-            self._text += [token.text for token in event.tokens.tokens]
-
-    def _finish(self, event: StreamEvent) -> None:
-        self._finished = True
-        reason, usage = event.finished.reason, event.finished.usage
-        self._span.set_attributes(
-            {
-                names.FINISH_REASONS: (FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower(),),
+    def _answered(self) -> dict[str, AttributeValue]:
+        told: dict[str, AttributeValue] = {}
+        if self._accepted is not None:
+            told[names.REQUEST_ID] = told[names.RESPONSE_ID] = self._accepted.request_id
+            told[names.REQUEST_MODEL] = told[names.RESPONSE_MODEL] = self._accepted.model
+            told[names.INPUT_TOKENS] = self._accepted.prompt_tokens
+        if self._first:
+            told[names.TIME_TO_FIRST_CHUNK] = self._first - self._began
+        if self._finished is not None:
+            usage = self._finished.usage
+            told |= {
+                names.FINISH_REASONS: (finish_name(self._finished.reason),),
                 names.INPUT_TOKENS: usage.prompt_tokens,
                 names.OUTPUT_TOKENS: usage.output_tokens,
                 names.CACHED_TOKENS: usage.cached_prompt_tokens,
@@ -90,17 +83,22 @@ class GenerationSpan:
                 names.ACCEPTED: usage.accepted_tokens,
                 names.ROUNDS: usage.target_passes,
             }
-        )
-        if self._text is not None:
-            self._span.set_attribute(names.OUTPUT_MESSAGES, _messages("assistant", "".join(self._text)))
-        if reason == FinishReason.FINISH_REASON_ERROR:
-            tracing.fail(self._span, "FINISHED_WITH_ERROR")
+        elif self._left:
+            told[names.FINISH_REASONS] = ("cancelled",)
+        return told
+
+    def _said(self) -> dict[str, AttributeValue]:
+        if self._text is None:
+            return {}
+        prompt = self._request.text or f"{len(self._request.token_ids.ids)} token ids"
+        answer = "".join(self._text)
+        return {names.INPUT_MESSAGES: _messages("user", prompt), names.OUTPUT_MESSAGES: _messages("assistant", answer)}
 
 
-def asked(request: GenerateRequest) -> dict[str, str | int | float | bool]:
+def asked(request: GenerateRequest) -> dict[str, AttributeValue]:
     """What is known of a request before it is sent."""
     sampling = request.sampling
-    told: dict[str, str | int | float | bool] = {
+    told: dict[str, AttributeValue] = {
         names.OPERATION: names.TEXT_COMPLETION,
         names.PROVIDER: names.PROVIDER_NAME,
         names.OUTPUT_TYPE: "text",

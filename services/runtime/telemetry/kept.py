@@ -15,12 +15,13 @@ from pathlib import Path
 
 from google.protobuf import proto
 from google.protobuf.message import DecodeError
-from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from countersign.services.runtime.telemetry.encoding import encode, length_prefixed
 
 FOLDER = "traces"
 SUFFIX = ".otlp"
@@ -49,13 +50,12 @@ class KeptSpans(SpanExporter):
         _forget_old(folder)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        data = io.BytesIO()
-        proto.serialize_length_prefixed(encode_spans(spans), data)
+        data = length_prefixed(encode(spans))
         try:
-            if self._now.exists() and self._now.stat().st_size + data.tell() > self._half:
+            if self._now.exists() and self._now.stat().st_size + len(data) > self._half:
                 self._now.replace(self._before)
             with self._now.open("ab") as file:
-                file.write(data.getvalue())
+                file.write(data)
         except OSError as error:
             if not self._failed:
                 _log.warning("spans cannot be kept", extra={"file": str(self._now), "error": str(error)})

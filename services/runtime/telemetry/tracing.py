@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Mu
 from contextlib import contextmanager
 from contextvars import Context as ContextVars
 from contextvars import copy_context
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from opentelemetry import trace
@@ -71,17 +72,8 @@ def parent_of(span: SpanContext | None) -> Context | None:
 
 
 def rpc_attributes(system: str, service: str, method: str) -> dict[str, str]:
-    """OpenTelemetry's semantic conventions for RPC."""
+    """OpenTelemetry's semantic conventions for RPC; over NATS the subject is ``cs.v1.<service>.<method>``."""
     return {"rpc.system": system, "rpc.service": service, "rpc.method": method}
-
-
-def messaging_attributes(subject: str, operation: str) -> dict[str, str]:
-    """OpenTelemetry's semantic conventions for messaging, on NATS."""
-    return {
-        "messaging.system": "nats",
-        "messaging.destination.name": subject,
-        "messaging.operation.type": operation,
-    }
 
 
 @contextmanager
@@ -173,39 +165,55 @@ def fail(span: Span, reason: str) -> None:
 
 
 class Phases:
-    """What a span's time goes into: spans below it, one after the other without a gap."""
+    """What a span's time goes into, one phase after the other without a gap. They become spans below it when the last
+    one ends: while the request waits, only the times are taken.
+    """
 
     def __init__(self, source: Tracer, parent: Span) -> None:
         self._source = source
-        self._recording = parent.is_recording()
-        self._context = trace.set_span_in_context(parent)
-        self.now: Span = INVALID_SPAN
-        self.name = ""
+        self._parent = parent
+        self._on = parent.is_recording()
+        self._phases: list[_Phase] = []
 
-    def begin(self, name: str) -> Span:
-        """The next one, from now on; the one before it ends."""
-        if not self._recording or name == self.name:
-            return self.now
-        at = time.time_ns()
-        self.now.end(at)
-        self.name, self.now = name, self._source.start_span(name, context=self._context, start_time=at)
-        return self.now
+    def begin(self, name: str) -> None:
+        """The next one, from now on; the one before it ends. Nothing changes when it is the same."""
+        if self._on and not (self._phases and self._phases[-1].name == name):
+            self._phases.append(_Phase(name, time.time_ns()))
+
+    def note(self, key: str, value: AttributeValue) -> None:
+        """An attribute of the one that is now."""
+        if self._phases:
+            self._phases[-1].attributes[key] = value
 
     @contextmanager
-    def step(self, name: str) -> Iterator[Span]:
-        """The next one, which is current meanwhile; it lasts until the one after it begins."""
-        span = self.begin(name)
-        with current(span):
-            try:
-                yield span
-            except CountersignError as error:
-                record_error(span, error)
-                raise
+    def step(self, name: str) -> Iterator[None]:
+        """The next one; it lasts until the one after it begins, and has failed if a CountersignError comes through."""
+        self.begin(name)
+        try:
+            yield
+        except CountersignError as error:
+            if self._phases:
+                self._phases[-1].error = error
+            raise
 
     def end(self) -> None:
         """The last one ends."""
-        self.now.end()
-        self.name, self.now = "", INVALID_SPAN
+        phases, self._phases = self._phases, []
+        ends = [phase.began_ns for phase in phases[1:]] + [None]  # the last one: now
+        context = trace.set_span_in_context(self._parent)
+        for phase, end in zip(phases, ends, strict=False):
+            span = self._source.start_span(phase.name, context, attributes=phase.attributes, start_time=phase.began_ns)
+            if phase.error is not None:
+                record_error(span, phase.error)
+            span.end(end)
+
+
+@dataclass(slots=True)
+class _Phase:
+    name: str
+    began_ns: int
+    attributes: dict[str, AttributeValue] = field(default_factory=dict)
+    error: CountersignError | None = None
 
 
 def _in_trace(span: Span) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +20,7 @@ from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.telemetry.kept import FOLDER, KeptSpans
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter
 
     from countersign.services.runtime.bus import Bus
@@ -137,8 +139,15 @@ def _otlp(config: TelemetryConfig) -> SpanExporter:
 
         return HttpExporter(endpoint=f"{config.otlp_endpoint.rstrip('/')}/v1/traces", timeout=_EXPORT_TIMEOUT_S)
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-    return GrpcExporter(endpoint=config.otlp_endpoint, timeout=_EXPORT_TIMEOUT_S)
+    from countersign.services.runtime.telemetry.encoding import encode
+
+    class Exporter(GrpcExporter):
+        def _translate_data(self, data: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
+            return ExportTraceServiceRequest.FromString(encode(data))
+
+    return Exporter(endpoint=config.otlp_endpoint, timeout=_EXPORT_TIMEOUT_S)
 
 
 class _Seldom(logging.Handler):

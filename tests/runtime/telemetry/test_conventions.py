@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -11,7 +13,7 @@ from opentelemetry.semconv._incubating.attributes import error_attributes, gen_a
 from countersign.services.runtime.errors import NotFound
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
-from countersign.services.runtime.telemetry.generation import GenerationSpan, asked, span_name
+from countersign.services.runtime.telemetry.generation import GenerationSpan
 from countersign.v1.router_pb2 import Accepted, Finished, GenerateRequest, StreamEvent, Token, Tokens
 from countersign.v1.sampling_pb2 import FinishReason, SamplingParams, Usage
 
@@ -39,18 +41,18 @@ def generated(*, content: bool = False, fails: bool = False) -> ReadableSpan:
     request = GenerateRequest(
         text=SECRET, model="m", sampling=SamplingParams(max_tokens=9, temperature=0.5, seed=7, stop=[SECRET])
     )
-    span = provider.get_tracer("test").start_span(span_name("m"), attributes=asked(request))
-    try:
-        with tracing.ended(span), tracing.current(span):
-            generation = GenerationSpan.of_call(request, content=content)
+    span = provider.get_tracer("test").start_span("call")
+    generation = GenerationSpan(span, request, content=content)
+    with suppress(NotFound), tracing.ended(span):
+        try:
             generation.sees(StreamEvent(accepted=Accepted(request_id="r", model="m", prompt_tokens=3)))
             generation.sees(StreamEvent(tokens=Tokens(tokens=[Token(id=1, text=SECRET)])))
             if fails:
-                raise NotFound(SECRET, reason="GONE")  # noqa: TRY301
+                raise NotFound(SECRET, reason="GONE")
             finished = Finished(reason=FinishReason.FINISH_REASON_STOP, usage=Usage(prompt_tokens=3, output_tokens=1))
             generation.sees(StreamEvent(finished=finished))
-    except NotFound:
-        pass
+        finally:
+            generation.close()
     (out,) = exporter.get_finished_spans()
     return out
 
