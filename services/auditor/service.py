@@ -8,7 +8,6 @@ Each arrow rests on what is durable before it, so that any of them may be cut at
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -49,6 +48,7 @@ from countersign.services.runtime.errors import (
 from countersign.services.runtime.journal import RECEIPTS
 from countersign.services.runtime.service import Call, Context
 from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.waiting import happened
 from countersign.v1 import auditor_pb2
 from countersign.v1.auditor_pb2 import (
     AuditRequest,
@@ -285,20 +285,20 @@ class AuditorService:
             with translated(LogFolderError, DataLoss, reason="LOG_FOLDER_UNUSABLE"):
                 while await docket.next():
                     self._signed.set()
-            await _within(QUIET_S, self._drawn)
+            await happened(self._drawn, QUIET_S)
 
     async def _publish(self, outbox: Outbox) -> None:
         while True:
             self._signed.clear()
             await outbox.publish()
-            await _within(QUIET_S, self._signed)
+            await happened(self._signed, QUIET_S)
 
     async def _gather_cosignatures(self) -> None:
         while True:
             self._uncosigned.clear()
             if await self._asked(self._cosigners.gather):
                 self._signed.set()
-            await _within(self._config.follow_s, self._uncosigned)
+            await happened(self._uncosigned, self._config.follow_s)
 
     async def _follow(self, follower: Follower) -> None:
         while True:
@@ -324,13 +324,6 @@ async def _in_thread(answer: Callable[..., T], *arguments: object) -> T:
     except asyncio.CancelledError:
         await asyncio.wait([work])
         raise
-
-
-async def _within(seconds: float, event: asyncio.Event) -> None:
-    """Until the event, and no longer than that. (``wait_for`` loses a stop that comes with it, before Python 3.12.)"""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
 
 
 async def create(context: Context) -> AuditorService:

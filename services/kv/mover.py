@@ -9,13 +9,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TypeVar
 
 from countersign.services.kv.arena import Arena
 from countersign.services.kv.disk import Disk
 from countersign.services.protocol.cache import Block, BlockCache, Copy, Stored, Tier
 from countersign.services.runtime.background import Background
+from countersign.services.runtime.waiting import happened
 
 # Bytes of one transaction, and of one read that is brought into RAM.
 BATCH_BYTES = 16 << 20
@@ -91,8 +91,7 @@ class Mover:
         """
         done = asyncio.Event()
         self._background.spawn(self._promote(keys, done))
-        with suppress(TimeoutError):
-            await asyncio.wait_for(done.wait(), wait)
+        await happened(done, wait)
 
     async def _promote(self, keys: Sequence[bytes], done: asyncio.Event) -> None:
         waiting = deque(keys)

@@ -12,6 +12,7 @@ from countersign.services.runtime.background import Background
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.registry import Registry
 from countersign.services.runtime.rpc import Channel
+from countersign.services.runtime.waiting import happened
 from countersign.v1.kv_pb2 import (
     GetRequest,
     GetResponse,
@@ -50,9 +51,7 @@ class Peers:
         if wanted not in self._under_way:
             self._under_way[wanted] = asyncio.Event()
             self._background.spawn(self._transfer(addresses, keys, have))
-        try:
-            await asyncio.wait_for(self._under_way[wanted].wait(), WAIT_S)
-        except TimeoutError:
+        if not await happened(self._under_way[wanted], WAIT_S):
             return False
         block = self._store.cache.get(wanted)
         return block is not None and block.sealed

@@ -18,6 +18,7 @@ from countersign.services.runtime.announcer import NOBODY, Announcer
 from countersign.services.runtime.background import Background
 from countersign.services.runtime.errors import DeadlineExceeded, Internal
 from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.waiting import happened
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
 from countersign.services.target.metering import PassMeter
@@ -373,11 +374,8 @@ class TargetLoop:
         idle = not (self._sessions or self._prefills or self._checked)
         deadline = self._engine.scheduler.next_deadline
         timeout = max(0.0, (deadline - self._wall_ms()) / 1000) if deadline is not None else None
-        try:
-            await asyncio.wait_for(self._wake.wait(), IDLE_S if idle else timeout)
-        except TimeoutError:
-            if idle:
-                await self._check()
+        if not await happened(self._wake, IDLE_S if idle else timeout) and idle:
+            await self._check()
 
     async def _check(self) -> None:
         self._checked = True

@@ -122,19 +122,6 @@ async def test_a_place_in_the_stream_that_is_gone_is_made_again(auditor: Running
     await auditor.signed("a", "b")
 
 
-@pytest.mark.parametrize("turns", range(6))
-async def test_a_stop_that_comes_with_an_event_is_not_lost(turns: int) -> None:
-    event = asyncio.Event()
-    waiting = asyncio.create_task(auditing._within(END_S, event))
-    await asyncio.sleep(0.01)
-    event.set()
-    for _ in range(turns):
-        await asyncio.sleep(0)
-    if waiting.cancel():
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-
-
 @pytest.mark.parametrize(
     "wrong", [{"origin": "two words"}, {"origin": "a+b"}, {"origin": "x" * 256}, {"share": 1e-120}, {"share": -0.0}]
 )
