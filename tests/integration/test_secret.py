@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from leaks import RUN, Leaks, forms_of_ids, forms_of_text
 
+from countersign.cli.spans import trace_of
 from countersign.client import Client, Finished, Tokens
 from countersign.services.protocol.commit import decode
 from countersign.services.protocol.subjects import commit_subject
@@ -33,6 +34,7 @@ from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.registry import Registry
 from countersign.services.runtime.supervisor import Supervisor
 from countersign.services.runtime.telemetry.kept import read_spans
+from countersign.services.runtime.telemetry.lines import parsed
 from countersign.v1.auditor_pb2 import GetLogRequest, GetLogResponse
 from countersign.v1.commit_pb2 import Assigned
 
@@ -194,6 +196,19 @@ def test_it_was_looked_for_where_it_could_have_been(asked: Asked) -> None:
     assert len(asked.answers) == 6
     assert all(len(answer) > PIECE for answer in asked.answers)
     assert (folder / "auditor" / "log").is_dir()
+
+
+def test_log_lines_lead_to_the_trace_of_their_request(asked: Asked) -> None:
+    logs = [
+        parsed(line) or {} for file in (asked.folder / "logs").glob("*.log") for line in file.read_text().splitlines()
+    ]
+    for request_id in ("drafted", "taken-over"):
+        lines = [line for line in logs if line.get("request_id") == request_id]
+        assert {line["service"] for line in lines} >= {"router", "target", "auditor"}
+        trace = trace_of(read_spans(asked.folder / "traces"), request_id)
+        assert trace is not None
+        assert {line["trace_id"] for line in lines if "trace_id" in line} == {trace.trace_id}
+        assert [line["message"] for line in lines if "trace_id" in line]
 
 
 @pytest.mark.parametrize("how", [*forms_of_text(SECRET), *forms_of_ids(range(300, 312))])
