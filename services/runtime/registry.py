@@ -69,7 +69,7 @@ class Registry:
             create: false for who only looks: then there must be a bucket.
 
         Raises:
-            Unavailable: reason NO_RESPONDERS, there is no bucket; others: NATS does not answer.
+            Unavailable: reason NO_REGISTRY: there is no bucket; else NATS does not answer.
             DeadlineExceeded: NATS does not answer.
         """
         if create:
@@ -77,7 +77,15 @@ class Registry:
         self._subscription = await self._bus.subscribe(f"{_SUBJECTS}>", self._receive)
         await self._bus.flush()
         # Heartbeats that came in the meantime are newer than what is read now.
-        for msg in await self._read_all():
+        try:
+            found = await self._read_all()
+        except Unavailable as error:
+            if error.reason != "NO_RESPONDERS":
+                raise
+            raise Unavailable(
+                "no stack has announced itself on this NATS", reason="NO_REGISTRY", help="start one: countersign up"
+            ) from None
+        for msg in found:
             if _key(header(msg, "Nats-Subject")) not in self._records:
                 self._apply(_key(header(msg, "Nats-Subject")), msg, self._ttl - _age(msg))
 

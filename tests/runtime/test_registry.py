@@ -40,6 +40,20 @@ async def test_an_announced_instance_is_seen_by_those_before_and_after(connect: 
             assert after.live("draft") == []
 
 
+async def test_who_only_looks_sees_all_makes_nothing_and_is_told_where_there_is_nothing(connect: Connect) -> None:
+    looking = registry_on(await connect())
+    with pytest.raises(Unavailable) as caught:
+        await looking.start(create=False)
+    await looking.stop()
+    assert (caught.value.reason, caught.value.help) == ("NO_REGISTRY", "start one: countersign up")
+    async with registry_on(await connect()) as one, registry_on(await connect()) as other:
+        await one.announce(record("t1"))
+        await other.announce(record("d1", "draft"))
+        await looking.start(create=False)
+        assert [each.instance for each in looking.everybody()] == ["d1", "t1"]
+        await looking.stop()
+
+
 async def test_heartbeats_keep_an_instance_alive_and_its_record_fresh(connect: Connect) -> None:
     requests = 0
 
