@@ -32,7 +32,7 @@ class PassMeter:
         self._requests = metrics.histogram(metrics.PASS_REQUESTS, provider)
         self._fed = metrics.histogram(metrics.PASS_FED, provider)
         self._rounds = metrics.counter(metrics.ROUNDS, provider)
-        self._accepted_of_round = metrics.histogram(metrics.ROUND_ACCEPTED, provider)
+        self._accepted_of_round = metrics.tally(metrics.ROUND_ACCEPTED, provider)
         self._proposed = metrics.counter(metrics.TOKENS_DRAFTED, provider)
         self._accepted = metrics.counter(metrics.TOKENS_ACCEPTED, provider)
         self._tokens = metrics.counter(metrics.TOKENS, provider)
@@ -75,7 +75,7 @@ class CommitMeter:
     """A target's instruments of its log."""
 
     def __init__(self, provider: MeterProvider | None = None) -> None:
-        self._seconds = metrics.histogram(metrics.COMMIT_DURATION, provider)
+        self._seconds = metrics.tally(metrics.COMMIT_DURATION, provider)
         self._conflicts = metrics.counter(metrics.COMMIT_CONFLICTS, provider)
         self._queried = metrics.counter(metrics.PREFIX_QUERIED, provider)
         self._found = metrics.counter(metrics.PREFIX_FOUND, provider)

@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
-from countersign.services.runtime.telemetry.metrics import Instrument
+from countersign.services.runtime.telemetry.metrics import BOUND, BUCKET, SUM, Instrument
 
 # Series of one instrument; what comes beyond them is counted as one, so that no mistake fills a memory.
 MOST_SERIES = 200
@@ -39,10 +39,18 @@ _Key = tuple[str, tuple[tuple[str, str], ...], int]
 
 def views(table: Sequence[Instrument]) -> list[View]:
     """Each row's own attributes and no others, and at most ``MOST_SERIES`` of their values."""
+    streams = [stream for row in table for stream in _streams(row)]
     return [
-        View(instrument_name=row.name, attribute_keys=set(row.attributes), aggregation_cardinality_limit=MOST_SERIES)
-        for row in table
+        View(instrument_name=name, attribute_keys=keys, aggregation_cardinality_limit=MOST_SERIES)
+        for name, keys in streams
     ]
+
+
+def _streams(row: Instrument) -> list[tuple[str, set[str]]]:
+    """The SDK's instruments of a row, with their attributes."""
+    if row.kind == "observed histogram":
+        return [(row.name + BUCKET, {BOUND}), (row.name + SUM, set())]
+    return [(row.name, set(row.attributes))]
 
 
 def prometheus_name(name: str, unit: str, *, gauge: bool = False) -> str:
@@ -70,7 +78,9 @@ class PrometheusReader(MetricReader):
         with self._lock:
             self._data = None
             self.collect()
-            return [family for metric in _metrics(self._data) if (family := self._family(metric)) is not None]
+            found = {metric.name: metric for metric in _metrics(self._data)}
+        families = (self._family(metric, found) for metric in found.values())
+        return [family for family in families if family is not None]
 
     def _receive_metrics(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: object) -> None:  # noqa: ARG002  the SDK's
         self._data = metrics_data
@@ -78,7 +88,12 @@ class PrometheusReader(MetricReader):
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: object) -> None:
         """Nothing is held."""
 
-    def _family(self, metric: Metric) -> Family | None:
+    def _family(self, metric: Metric, others: Mapping[str, Metric]) -> Family | None:
+        """None for what is told with another."""
+        if metric.name.endswith(SUM) and metric.name.removesuffix(SUM) + BUCKET in others:
+            return None
+        if metric.name.endswith(BUCKET):
+            return _tallied(metric, others.get(metric.name.removesuffix(BUCKET) + SUM))
         data, unit = metric.data, metric.unit or ""
         name = prometheus_name(metric.name, unit, gauge=isinstance(data, Gauge))
         match data:
@@ -149,6 +164,23 @@ def _metrics(data: MetricsData | None) -> Iterator[Metric]:
     for resource in data.resource_metrics if data is not None else ():
         for scope in resource.scope_metrics:
             yield from scope.metrics
+
+
+def _tallied(buckets: Metric, total: Metric | None) -> Family:
+    """An observed histogram, from its counters."""
+    name = prometheus_name(buckets.name.removesuffix(BUCKET), buckets.unit or "")
+    family = _named(buckets, name, "histogram")
+    counts = {float(_labels(point.attributes)[BOUND]): point.value for point in _numbers(buckets)}
+    bounds = sorted(counts)
+    for bound, text in zip(bounds, map(floatToGoString, bounds), strict=True):
+        family.add_sample(f"{name}_bucket", {BOUND: text}, counts[bound])
+    family.add_sample(f"{name}_count", {}, max((sample.value for sample in family.samples), default=0))
+    family.add_sample(f"{name}_sum", {}, sum(point.value for point in _numbers(total)))
+    return family
+
+
+def _numbers(metric: Metric | None) -> Sequence[NumberDataPoint]:
+    return metric.data.data_points if metric is not None and isinstance(metric.data, Sum) else ()
 
 
 def _named(metric: Metric, name: str, kind: str) -> Family:

@@ -7,9 +7,11 @@ request, a tenant or a text. docs/telemetry.md is written from it, and a test ho
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 from typing import Literal
 
 from opentelemetry import metrics
@@ -18,7 +20,7 @@ from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, Me
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.telemetry import attributes as names
 
-Kind = Literal["counter", "histogram", "gauge", "observed counter"]
+Kind = Literal["counter", "histogram", "gauge", "observed counter", "observed histogram"]
 
 # OpenTelemetry's attribute names: those of its conventions where there is one, else ours.
 OPERATION, PROVIDER, MODEL = names.OPERATION, names.PROVIDER, names.REQUEST_MODEL
@@ -144,7 +146,7 @@ ROUNDS = Instrument(
     "turns of requests in passes that gave them tokens; output tokens over rounds are tokens per pass",
 )  # fmt: skip
 ROUND_ACCEPTED = Instrument(
-    "countersign.round.accepted", "histogram", "{token}", "target",
+    "countersign.round.accepted", "observed histogram", "{token}", "target",
     "proposals that a pass accepted of a request that had any", (), _RUN,
 )  # fmt: skip
 TOKENS_DRAFTED = Instrument(
@@ -180,7 +182,7 @@ PAGES_EVICTED = Instrument(
     "countersign.kv.pages.evicted", "observed counter", "{page}", "target", "cached pages given up for room"
 )
 COMMIT_DURATION = Instrument(
-    "countersign.commit.duration", "histogram", "s", "target",
+    "countersign.commit.duration", "observed histogram", "s", "target",
     "from an append to the log to its acknowledgement, retries included", (), _STEP,
 )  # fmt: skip
 COMMIT_CONFLICTS = Instrument(
@@ -289,6 +291,9 @@ CONSTRAINT_NOW = Instrument(
 TABLE: tuple[Instrument, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Instrument))
 """All rows, in the order above."""
 
+# What an observed histogram is to the API, whose histograms cannot be observed: counters, up to each boundary.
+BUCKET, SUM, BOUND = ".bucket", ".sum", "le"
+
 Read = Callable[[], float | Mapping[str, float] | None]
 """What is so now: one number; or, of a row with an attribute, a number for each of its values; None: not known."""
 
@@ -308,6 +313,40 @@ def histogram(row: Instrument, provider: MeterProvider | None = None) -> Histogr
     return _meter(provider).create_histogram(
         row.name, row.unit, row.what, explicit_bucket_boundaries_advisory=row.buckets
     )
+
+
+class Tally:
+    """An observed histogram: kept here, and read when somebody looks. For what happens to each request in each pass,
+    where the microseconds that the API takes for one value would be felt. It has no exemplars.
+    """
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def record(self, value: float) -> None:
+        """One more; by one thread."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def buckets(self) -> dict[str, float]:
+        """How many up to each boundary, by its text."""
+        bounds = [*map(str, self._bounds), "+Inf"]
+        return dict(zip(bounds, accumulate(self._counts), strict=True))
+
+    def sum(self) -> float:
+        return self._sum
+
+
+@cache
+def tally(row: Instrument, provider: MeterProvider | None = None) -> Tally:
+    """Takes one value at a time, and hardly any; of the process's provider when none is given."""
+    made = Tally(row.buckets)
+    buckets = replace(row, name=row.name + BUCKET, kind="observed counter", attributes=(BOUND,))
+    observe(buckets, made.buckets, provider)
+    observe(replace(row, name=row.name + SUM, kind="observed counter"), made.sum, provider)
+    return made
 
 
 def observe(row: Instrument, read: Read, provider: MeterProvider | None = None) -> None:

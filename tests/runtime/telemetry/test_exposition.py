@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider, TraceBasedExemplarFilter
@@ -103,20 +104,20 @@ def test_counters_gauges_and_histograms_arrive_with_their_labels(scraped: Scrape
 
 
 def test_openmetrics_says_type_and_unit_and_passes_its_own_parser(scraped: Scraped) -> None:
-    metrics.histogram(metrics.COMMIT_DURATION, scraped.provider).record(0.1)
-    family = scraped.family("countersign_commit_duration_seconds")
-    assert (family.type, family.unit, family.documentation) == ("histogram", "seconds", metrics.COMMIT_DURATION.what)
+    metrics.histogram(metrics.PASS_DURATION, scraped.provider).record(0.1)
+    family = scraped.family("countersign_pass_duration_seconds")
+    assert (family.type, family.unit, family.documentation) == ("histogram", "seconds", metrics.PASS_DURATION.what)
 
 
 def exemplars(scraped: Scraped) -> list[tuple[float, str, str]]:
     """(value, trace, span) of the commit's buckets."""
-    samples = scraped.family("countersign_commit_duration_seconds").samples
+    samples = scraped.family("countersign_pass_duration_seconds").samples
     found = [sample.exemplar for sample in samples if sample.exemplar]
     return [(each.value, each.labels["trace_id"], each.labels["span_id"]) for each in found]
 
 
 def test_a_bucket_names_the_trace_that_last_fell_into_it_until_another_does(scraped: Scraped) -> None:
-    histogram = metrics.histogram(metrics.COMMIT_DURATION, scraped.provider)
+    histogram = metrics.histogram(metrics.PASS_DURATION, scraped.provider)
     tracer = TracerProvider().get_tracer("test")
     seen = []
     for value in (0.003, 0.004, 0.2):  # two of one bucket, one of another
@@ -132,7 +133,7 @@ def test_a_bucket_names_the_trace_that_last_fell_into_it_until_another_does(scra
 
 
 def test_what_was_not_sampled_or_not_traced_is_no_exemplar(scraped: Scraped) -> None:
-    histogram = metrics.histogram(metrics.COMMIT_DURATION, scraped.provider)
+    histogram = metrics.histogram(metrics.PASS_DURATION, scraped.provider)
     histogram.record(0.003)
     with TracerProvider(sampler=ALWAYS_OFF).get_tracer("test").start_as_current_span("commit"):
         histogram.record(0.2)
@@ -141,7 +142,7 @@ def test_what_was_not_sampled_or_not_traced_is_no_exemplar(scraped: Scraped) -> 
 
 def test_an_attribute_that_the_table_does_not_name_reaches_nobody_not_even_in_an_exemplar(scraped: Scraped) -> None:
     with TracerProvider().get_tracer("test").start_as_current_span("commit"):
-        metrics.histogram(metrics.COMMIT_DURATION, scraped.provider).record(0.1, {"countersign.request.id": "req-7"})
+        metrics.histogram(metrics.PASS_DURATION, scraped.provider).record(0.1, {"countersign.request.id": "req-7"})
         metrics.counter(metrics.VERDICTS, scraped.provider).add(1, {"tenant": "acme", metrics.OUTCOME: "pass"})
     for text in (scraped.text(), scraped.openmetrics()):
         assert "countersign_auditor_verdicts_total" in text
@@ -174,3 +175,27 @@ def test_what_cannot_be_told_now_has_no_sample_and_others_have(scraped: Scraped,
 def test_a_label_keeps_its_value_whatever_is_in_it(scraped: Scraped) -> None:
     metrics.counter(metrics.REQUESTS, scraped.provider).add(1, {metrics.MODEL: 'a"b\\c\nd'})
     assert scraped.values("countersign_requests_total") == {(("gen_ai_request_model", 'a"b\\c\nd'),): 1}
+
+
+def test_an_observed_histogram_is_to_prometheus_what_one_of_the_sdk_s_would_be(scraped: Scraped) -> None:
+    own = replace(metrics.COMMIT_DURATION, name="countersign.own", kind="histogram")
+    histogram, tally = (
+        metrics.histogram(own, scraped.provider),
+        metrics.tally(metrics.COMMIT_DURATION, scraped.provider),
+    )
+    for value in (0.0001, 0.0025, 0.003, 0.003, 99.0):  # below, on and between boundaries, and beyond them
+        histogram.record(value)
+        tally.record(value)
+    expected = scraped.family("countersign_own_seconds").samples
+    samples = scraped.family("countersign_commit_duration_seconds").samples
+    renamed = [each._replace(name=each.name.replace("commit_duration", "own")) for each in samples]
+    assert renamed == expected
+    assert len(samples) == len(metrics.COMMIT_DURATION.buckets) + 3
+    assert ".bucket" not in scraped.text()
+
+
+def test_one_row_is_tallied_once_whoever_counts(scraped: Scraped) -> None:
+    for _ in range(3):
+        metrics.tally(metrics.ROUND_ACCEPTED, scraped.provider).record(2)
+    assert scraped.values("countersign_round_accepted_count") == {(): 3}
+    assert scraped.values("countersign_round_accepted_sum") == {(): 6}
