@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 
 from countersign.services.runtime.telemetry.energy import Busy, EnergyMeter, Nvml, Rapl
@@ -84,7 +85,7 @@ class LibraryError(Exception):
 
 @dataclass
 class Library:
-    """The four calls of pynvml that are used, with its units: millijoules, per cent."""
+    """The calls of pynvml that are made again and again, with its units: millijoules, per cent."""
 
     energy: dict[str, int]
     kernels: int = 0
@@ -101,6 +102,14 @@ class Library:
         if self.lost:
             raise LibraryError
         return SimpleNamespace(gpu=self.kernels, memory=self.memory)
+
+
+def test_the_calls_are_those_of_nvidia_s_binding() -> None:
+    calls = [name for name in vars(Library) if name.startswith("nvml")]
+    assert len(calls) == 2
+    for name in (*calls, "nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"):
+        assert callable(getattr(pynvml, name))
+    assert issubclass(pynvml.NVMLError, Exception)
 
 
 def test_gpus_are_summed_from_when_they_were_first_read() -> None:
