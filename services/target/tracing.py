@@ -10,7 +10,6 @@ from countersign.services.protocol.writer import Writer
 from countersign.services.runtime.reasons import finish_name
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
-from countersign.services.runtime.telemetry.wiring import MOST_EVENTS
 from countersign.services.target.passes import Pass
 from countersign.v1.commit_pb2 import Closed, Opened
 from countersign.v1.sampling_pb2 import Drafting, FinishReason
@@ -59,7 +58,7 @@ class AnswerTrace:
         self._accepted += round_.accepted
         self._waited += seconds
         self._longest = max(self._longest, seconds)
-        if self.span.is_recording() and self._rounds < MOST_EVENTS:
+        if self.span.is_recording():
             told = {
                 names.ROUND_TOKENS: len(round_.token_ids),
                 names.ROUND_DRAFTED: round_.drafted,

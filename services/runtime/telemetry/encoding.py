@@ -24,7 +24,7 @@ _HAS_IS_REMOTE, _IS_REMOTE = 0x100, 0x200
 
 
 def encode(spans: Sequence[ReadableSpan]) -> bytes:
-    """An ExportTraceServiceRequest of these spans. Raises TypeError for an attribute of no type that OTLP knows."""
+    """An ExportTraceServiceRequest of these spans."""
     grouped: dict[Resource, dict[InstrumentationScope | None, list[ReadableSpan]]] = {}
     for span in spans:
         grouped.setdefault(span.resource, {}).setdefault(span.instrumentation_scope, []).append(span)
@@ -115,9 +115,9 @@ def _key(key: str) -> bytes:
 
 
 def _value(value: object) -> bytes:
-    """An AnyValue. Raises TypeError for what is no attribute."""
+    """An AnyValue; the text of what is no attribute's type."""
     if isinstance(value, str):
-        data = value.encode(errors="surrogatepass")
+        data = value.encode(errors="replace")
         return b"\x0a" + _varint(len(data)) + data
     if isinstance(value, bool):
         return b"\x10\x01" if value else b"\x10\x00"
@@ -131,11 +131,11 @@ def _value(value: object) -> bytes:
         return _field(5, b"".join([_field(1, _value(each)) for each in value]))
     if isinstance(value, Mapping):
         return _field(6, _attributes(1, value))
-    raise TypeError(f"{type(value).__name__} is no attribute's type")
+    return _text(1, str(value))
 
 
 def _text(number: int, text: str) -> bytes:
-    return _field(number, text.encode()) if text else b""
+    return _field(number, text.encode(errors="replace")) if text else b""
 
 
 def _number(number: int, value: int) -> bytes:

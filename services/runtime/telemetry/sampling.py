@@ -11,45 +11,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
-from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult, TraceIdRatioBased
-from opentelemetry.trace import Link, SpanContext, SpanKind, StatusCode, TraceFlags, TraceState, get_current_span
-from opentelemetry.util.types import Attributes
+from opentelemetry.trace import SpanContext, StatusCode, TraceFlags
 
 from countersign.services.runtime.telemetry.attributes import KEEP
 
 HOLD_S = 120.0
 MOST_HELD = 8192
 MOST_KEPT = 8192
-
-
-class ShareSampler(Sampler):
-    """A trace that begins here is sampled or not by its id, one that goes on as where it began. All is recorded."""
-
-    def __init__(self, share: float) -> None:
-        self._share = TraceIdRatioBased(share)
-
-    def should_sample(
-        self,
-        parent_context: Context | None,
-        trace_id: int,
-        name: str,
-        kind: SpanKind | None = None,  # noqa: ARG002  the SDK's signature
-        attributes: Attributes = None,
-        links: Sequence[Link] | None = None,  # noqa: ARG002
-        trace_state: TraceState | None = None,  # noqa: ARG002
-    ) -> SamplingResult:
-        parent = get_current_span(parent_context).get_span_context()
-        if parent.is_valid:
-            sampled = parent.trace_flags.sampled
-        else:
-            sampled = self._share.should_sample(None, trace_id, name).decision is Decision.RECORD_AND_SAMPLE
-        decision = Decision.RECORD_AND_SAMPLE if sampled else Decision.RECORD_ONLY
-        return SamplingResult(decision, attributes, parent.trace_state)
-
-    def get_description(self) -> str:
-        return f"ShareSampler{{{self._share.get_description()}}}"
 
 
 class Held:

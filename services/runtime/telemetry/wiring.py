@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from countersign.services.runtime.bus import Bus
     from countersign.services.runtime.telemetry.sampling import KeepingProcessor
 
-# Of one span: rounds beyond are counted, not told one by one.
-MOST_EVENTS = 512
 KEEP_SUBJECT = "cs.v1.event.keep"
 _EXPORT_TIMEOUT_S = 2
 _END_S = 2.0
@@ -101,10 +99,10 @@ def start(config: TelemetryConfig, *, service: str, instance: str, data_dir: Pat
     if not config.spans or not (config.otlp_endpoint or config.kept_bytes):
         return Wiring()
     from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import SpanLimits, TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    from countersign.services.runtime.telemetry.sampling import KeepingProcessor, ShareSampler
+    from countersign.services.runtime.telemetry.recording import RecordingProvider
+    from countersign.services.runtime.telemetry.sampling import KeepingProcessor
 
     resource = Resource.create(
         {
@@ -122,13 +120,7 @@ def start(config: TelemetryConfig, *, service: str, instance: str, data_dir: Pat
         exporter, max_queue_size=_MOST_WAITING, schedule_delay_millis=_EVERY_MS, max_export_batch_size=_AT_ONCE
     )
     keeping = KeepingProcessor(batches) if config.sample < 1 else None
-    provider = TracerProvider(
-        resource=resource,
-        sampler=ShareSampler(config.sample),
-        shutdown_on_exit=False,
-        span_limits=SpanLimits(max_events=MOST_EVENTS),
-    )
-    provider.add_span_processor(keeping or batches)
+    provider = RecordingProvider(resource, keeping or batches, share=config.sample, records_all=keeping is not None)
     trace.set_tracer_provider(provider)
     return _Traces(provider, exporter, keeping)
 

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Status, StatusCode, Tracer
 
 from countersign.services.runtime.telemetry.attributes import KEEP
-from countersign.services.runtime.telemetry.sampling import Held, KeepingProcessor, ShareSampler
+from countersign.services.runtime.telemetry.recording import RecordingProvider
+from countersign.services.runtime.telemetry.sampling import Held, KeepingProcessor
 
 
 class House:
@@ -19,8 +20,7 @@ class House:
         self.keeping = KeepingProcessor(SimpleSpanProcessor(self.exporter))
         self.told: list[int] = []
         self.keeping.tell = self.told.append
-        provider = TracerProvider(sampler=ShareSampler(share))
-        provider.add_span_processor(self.keeping)
+        provider = RecordingProvider(Resource.create({}), self.keeping, share=share, records_all=True)
         self.tracer: Tracer = provider.get_tracer("test")
 
     @property
