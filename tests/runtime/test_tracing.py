@@ -3,10 +3,21 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    StatusCode,
+    TraceFlags,
+    TraceState,
+    set_span_in_context,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.call import Call
@@ -14,7 +25,7 @@ from countersign.services.runtime.config import TelemetryConfig
 from countersign.services.runtime.errors import NotFound
 from countersign.services.runtime.nats_server import NatsServer
 from countersign.services.runtime.rpc import Channel, RpcServer
-from countersign.services.runtime.telemetry import wiring
+from countersign.services.runtime.telemetry import tracing, wiring
 from countersign.v1.kv_pb2 import (
     GetRequest,
     GetResponse,
@@ -131,3 +142,22 @@ def test_nothing_is_wired_where_spans_go_nowhere(config: TelemetryConfig, tmp_pa
     wiring.start(config, service="kv", instance="kv-1", data_dir=tmp_path).close()
     assert trace.get_tracer_provider() is before
     assert not list(tmp_path.iterdir())
+
+
+@given(
+    st.integers(1, 2**128 - 1),
+    st.integers(1, 2**64 - 1),
+    st.sampled_from([0, 1]),
+    st.sampled_from([TraceState(), TraceState([("a", "1"), ("b", "2")])]),
+)
+def test_a_context_is_written_as_the_propagator_writes_it(
+    trace_id: int, span_id: int, flags: int, state: TraceState
+) -> None:
+    context = SpanContext(trace_id, span_id, is_remote=False, trace_flags=TraceFlags(flags), trace_state=state)
+    span = NonRecordingSpan(context)
+    ours: dict[str, str] = {}
+    theirs: dict[str, str] = {}
+    tracing.inject(ours, span)
+    TraceContextTextMapPropagator().inject(theirs, context=set_span_in_context(span))
+    assert ours == theirs
+    assert tracing.traceparent(span) == theirs.get("traceparent", "")

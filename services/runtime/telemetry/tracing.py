@@ -36,6 +36,7 @@ T = TypeVar("T")
 Attributes = Mapping[str, AttributeValue]
 
 _PROPAGATOR = TraceContextTextMapPropagator()
+_NOWHERE = Context()
 
 
 def tracer(provider: TracerProvider | None = None) -> Tracer:
@@ -45,19 +46,23 @@ def tracer(provider: TracerProvider | None = None) -> Tracer:
 
 def inject(carrier: MutableMapping[str, str], span: Span) -> None:
     """Write the span's context (traceparent, tracestate) into headers or metadata."""
-    _PROPAGATOR.inject(carrier, context=trace.set_span_in_context(span))
+    context = span.get_span_context()
+    if not context.is_valid:
+        return
+    carrier["traceparent"] = traceparent(span)
+    if context.trace_state:
+        carrier["tracestate"] = context.trace_state.to_header()
 
 
 def extract(carrier: Mapping[str, str]) -> Context:
     """The caller's context; an empty one when the headers hold none."""
-    return _PROPAGATOR.extract(carrier, context=Context())
+    return _PROPAGATOR.extract(carrier, context=_NOWHERE) if "traceparent" in carrier else _NOWHERE
 
 
 def traceparent(span: Span) -> str:
     """The span's context as text; empty when it is in no trace."""
-    carrier: dict[str, str] = {}
-    inject(carrier, span)
-    return carrier.get("traceparent", "")
+    context = span.get_span_context()
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}" if context.is_valid else ""
 
 
 def context_of(text: str) -> SpanContext | None:
