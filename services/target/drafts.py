@@ -6,7 +6,6 @@ Whatever goes wrong there costs speed only.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
@@ -35,6 +34,7 @@ class Drafts:
         self._bus = bus
         self._config = config
         self._vocabulary_size = vocabulary_size
+        self._clock = clock
         self._backoff = Backoff(clock)
         self._log = log
         self._calls = metrics.histogram(metrics.DRAFT_DURATION)
@@ -61,7 +61,7 @@ class Drafts:
         """From the draft service; {} when it does not answer."""
         if not asks or self._backoff.resting:
             return {}
-        began = time.monotonic()
+        began = self._clock()
         try:
             response = await self._bus.call(
                 "draft", "Propose", ProposeRequest(sequences=asks), ProposeResponse, timeout=TIMEOUT_S
@@ -69,11 +69,11 @@ class Drafts:
         except CountersignError as error:
             self._backoff.failed()
             self._held.clear()
-            self._calls.record(time.monotonic() - began, {metrics.ERROR: error.reason})
+            self._calls.record(self._clock() - began, {metrics.ERROR: error.reason})
             self._log.warning("the draft does not answer, going on without", extra={"reason": error.reason})
             return {}
         self._backoff.answered()
-        self._calls.record(time.monotonic() - began)
+        self._calls.record(self._clock() - began)
         return self._results(asks, response)
 
     async def forget(self, request_id: str) -> None:

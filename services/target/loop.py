@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -113,6 +112,7 @@ class TargetLoop:
         """
         if session.finish is None:
             self._engine.submit(session.generation)
+        session.queued_since = asyncio.get_running_loop().time()
         self._sessions[session.request_id] = session
         self._tasks[session.request_id] = asyncio.create_task(
             committer.run(session, session.changed), context=session.trace.context()
@@ -213,7 +213,7 @@ class TargetLoop:
                 continue
             session.trace.enters(PREFILL if self._prefixes is None else PREFIX)
             if session.queued_since is not None:
-                self._meter.admitted(time.monotonic() - session.queued_since)
+                self._meter.admitted(asyncio.get_running_loop().time() - session.queued_since)
                 session.queued_since = None
 
     def _measure(self, step: Step, ran: Ran, seconds: float) -> None:

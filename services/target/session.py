@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -29,7 +28,7 @@ class Session:
 
     ``finish`` is set once the answer's last token is sampled, or when it ends otherwise; the committer then closes the
     log. ``loading`` while its prefix comes from the store; ``done`` once the log is closed or another's. ``changed``
-    wakes the committer; ``queued_since`` on the monotonic clock, until it is admitted for the first time. Only a fault
+    wakes the committer; ``queued_since`` on the loop's clock, until it is admitted for the first time. Only a fault
     has ``unseen``, how many first prompt tokens the engine was not given, and ``padding``, what goes into the log that
     was not sampled.
     """
@@ -51,7 +50,7 @@ class Session:
     unseen: int = 0
     padding: Padding | None = None
     trace: AnswerTrace = field(default_factory=AnswerTrace)
-    queued_since: float | None = field(default_factory=time.monotonic)
+    queued_since: float | None = None
 
     @property
     def prompt_tokens(self) -> int:
