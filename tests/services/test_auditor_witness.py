@@ -354,7 +354,8 @@ async def test_a_followed_log_whose_checkpoint_is_gone_is_said(
     await asyncio.to_thread(follower.look)
     (log.log.folder / "checkpoint").unlink()
     await asyncio.to_thread(follower.look)
-    assert "status 404" in caplog.text
+    (told,) = (vars(record)["error"] for record in caplog.records if record.name.endswith("auditor.following"))
+    assert "status 404" in told
 
 
 async def test_a_peer_that_sends_too_much_or_nothing_is_unavailable(pair: tuple[Auditor, Auditor, Follower]) -> None:
