@@ -60,7 +60,7 @@ class GenerationSpan:
             return
         model = self._accepted.model if self._accepted is not None else self._request.model
         self._span.update_name(span_name(model))
-        self._span.set_attributes(asked(self._request) | self._answered() | self._said())
+        self._span.set_attributes(_asked(self._request) | self._answered() | self._said())
         if self._finished is not None and self._finished.reason == FinishReason.FINISH_REASON_ERROR:
             tracing.fail(self._span, "FINISHED_WITH_ERROR")
 
@@ -95,7 +95,7 @@ class GenerationSpan:
         return {names.INPUT_MESSAGES: _messages("user", prompt), names.OUTPUT_MESSAGES: _messages("assistant", answer)}
 
 
-def asked(request: GenerateRequest) -> dict[str, AttributeValue]:
+def _asked(request: GenerateRequest) -> dict[str, AttributeValue]:
     """What is known of a request before it is sent."""
     sampling = request.sampling
     told: dict[str, AttributeValue] = {

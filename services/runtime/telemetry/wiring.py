@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from nats.aio.msg import Msg
 from opentelemetry import trace
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
     from countersign.services.runtime.bus import Bus
+    from countersign.services.runtime.telemetry.recording import RecordingProvider
     from countersign.services.runtime.telemetry.sampling import KeepingProcessor
 
 KEEP_SUBJECT = "cs.v1.event.keep"
@@ -48,12 +49,8 @@ class Wiring:
         """Send what waits; takes two seconds at most."""
 
 
-class _Provider(Protocol):
-    def shutdown(self) -> None: ...
-
-
 class _Traces(Wiring):
-    def __init__(self, provider: _Provider, exporter: SpanExporter, keeping: KeepingProcessor | None) -> None:
+    def __init__(self, provider: RecordingProvider, exporter: SpanExporter, keeping: KeepingProcessor | None) -> None:
         self._provider = provider
         self._exporter = exporter
         self._keeping = keeping
