@@ -118,7 +118,8 @@ class LogState:
     """What a log says up to its record number ``records``. Begin with ``LogState(request_id)``, ``apply`` each record.
 
     ``sequence`` and ``digest`` are those of the last record seen (0 and empty before the first). ``epoch_passes``
-    counts the passes of the current epoch. The messages held here are not to be changed.
+    counts the passes of the current epoch, ``arithmetic`` is how the tokens were computed. The messages held here are
+    not to be changed.
     """
 
     request_id: str
@@ -128,6 +129,7 @@ class LogState:
     opened: Opened | None = None
     epoch: int = 0
     instance: str = ""
+    arithmetic: str = ""
     tokens: Tokens = field(default_factory=Tokens)
     drafted: int = 0
     accepted: int = 0
@@ -246,13 +248,21 @@ class LogState:
             case Opened():
                 return {"opened": payload}
             case Assigned():
-                return {"epoch": payload.epoch, "instance": payload.instance, "epoch_passes": 0}
+                return self._assigned(payload)
             case Extended():
                 return self._extended(payload)
             case Cancelled():
                 return {"cancelled": payload}
             case Closed():
                 return {"closed": payload}
+
+    def _assigned(self, assigned: Assigned) -> dict[str, Any]:
+        return {
+            "epoch": assigned.epoch,
+            "instance": assigned.instance,
+            "arithmetic": self.arithmetic if self.tokens else assigned.arithmetic,
+            "epoch_passes": 0,
+        }
 
     def _extended(self, extended: Extended) -> dict[str, Any]:
         # A take-over prefills the prompt once more; what the first prefill found is what the client is told.

@@ -33,7 +33,7 @@ class Opener(Appender):
         """
         return self._want(opened)
 
-    def assign(self, instance: str) -> Effect:
+    def assign(self, instance: str, arithmetic: str = "") -> Effect:
         """Moves the request to ``instance``, which fences its owner. Other answers: ``AssignedTo`` when another router
         was first, ``CancelledByClient``, ``ClosedAlready``.
 
@@ -41,7 +41,7 @@ class Opener(Appender):
             AppendInFlight: the append before is not settled.
             NotOpened: the log is empty.
         """
-        return self._want(Assigned(epoch=self._log.epoch + 1, instance=instance))
+        return self._want(Assigned(epoch=self._log.epoch + 1, instance=instance, arithmetic=arithmetic))
 
     def cancel(self, cause: str) -> Effect:
         """Cancels the request: no token is committed after it. ``Settled`` when it is cancelled, by whomever;

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from countersign.services.protocol.commit import LogState
+from countersign.services.protocol.matching import same_arithmetic, same_weights
 from countersign.v1.registry_pb2 import Instance, TargetRole
 
 PREFILL = TargetRole.TARGET_ROLE_PREFILL
@@ -110,9 +112,10 @@ class Pools:
         return target.active_requests / self.limits.requests
 
 
-def candidates(targets: Iterable[Instance], weights_sha256: bytes) -> Sequence[Instance]:
-    """Those that serve the weights and take new requests."""
-    return [t for t in targets if t.model.weights_sha256 == weights_sha256 and not t.draining]
+def candidates(targets: Iterable[Instance], log: LogState) -> Sequence[Instance]:
+    """Those that take new requests, serve the weights, and compute as the tokens were computed that are there."""
+    able = (target for target in targets if not target.draining)
+    return [target for target in able if same_weights(target.model, log) and same_arithmetic(target.model, log)]
 
 
 def _mean(load: Load, targets: Sequence[Instance]) -> float:

@@ -92,13 +92,13 @@ class RouterService:
         self._receipts = Receipts(context.journal)
         self._draws = Draws(context.journal, self._config.open_hidden)
         self._text = Text(context.bus)
-        self._placer = Placer(context)
+        self._placer = Placer(context, wall_ms)
         announcer = Announcer(context.bus if context.config.sidecar.enabled else None, context.instance)
         self._follower = Follower(self._text, context.journal, self._placer, self._receipts, wall_ms, announcer)
         self._active = 0
         self._tracer = tracing.tracer()
         self._content = context.config.telemetry.content
-        self._meter = RequestMeter()
+        self._meter = RequestMeter(asyncio.get_running_loop().time)
         self._background = Background()
         self._orphans = Background()
 

@@ -36,9 +36,11 @@ class Splitter:
         # Prompt tokens by instance that are being computed for this router, of which the registry learns late.
         self._own: Counter[str] = Counter()
 
-    def answerers(self, weights_sha256: bytes) -> Sequence[Instance]:
+    def answerers(self, log: LogState) -> Sequence[Instance]:
         """Who may answer, whom to ask first first."""
-        pools, able = self._pools[weights_sha256], candidates(self._registry.live("target"), weights_sha256)
+        if log.opened is None:
+            return []
+        pools, able = self._pools[log.opened.weights_sha256], candidates(self._registry.live("target"), log)
         pools.rebalance(able, self._own)
         return pools.answerers(able)
 
@@ -51,7 +53,7 @@ class Splitter:
         until = monotonic() + min(self._timeout, left / 1000)
         gone: set[str] = set()  # which the registry still tells of
         while monotonic() < until:
-            answerers = [each for each in self.answerers(opened.weights_sha256) if each.instance not in gone]
+            answerers = [each for each in self.answerers(log) if each.instance not in gone]
             target = self._pools[opened.weights_sha256].prefiller(answerers, self._own)
             if target is None or target is answerers[0]:
                 return  # whoever answers computes it

@@ -185,7 +185,6 @@ class TargetLoop:
             ran = await self._in_thread(self._engine.run, step, loading)
             seconds = asyncio.get_running_loop().time() - began
             self._measure(step, ran, seconds)
-        self._meter.ran(step, ran, seconds)
         for name in loading:
             job = self._jobs().get(name)
             if job is not None:  # else it left meanwhile
@@ -200,6 +199,7 @@ class TargetLoop:
         await self._announcer.announce(*sampled)
         # The committers get their turn, so that the log does not wait for the next pass.
         await asyncio.sleep(0)
+        self._meter.ran(step, ran, seconds)
         return True
 
     def _trace(self, step: Step) -> None:

@@ -27,6 +27,7 @@ from countersign.services.engine.text import Tokenizer
 from countersign.services.protocol.commit import LogState, replay
 from countersign.services.protocol.errors import EpochShared, LogError, NotOwner
 from countersign.services.protocol.events import CancelledByClient
+from countersign.services.protocol.matching import arithmetic_of, same_arithmetic, same_weights
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.protocol.writer import Writer
 from countersign.services.runtime.announcer import Announcer
@@ -265,11 +266,17 @@ class TargetService:
 
     def _opened(self, log: LogState) -> Opened:
         opened = log.opened
-        if opened is None or opened.weights_sha256 != self._info.weights_sha256:
+        if opened is None or not same_weights(self._info, log):
             raise FailedPrecondition(
                 f"request {log.request_id} asks for other weights than those of {self._info.name}",
                 reason="OTHER_WEIGHTS",
                 help="start it on a target that serves them",
+            )
+        if not same_arithmetic(self._info, log):
+            raise FailedPrecondition(
+                f"request {log.request_id} was computed by {log.arithmetic}, and this is {arithmetic_of(self._info)}",
+                reason="OTHER_ARITHMETIC",
+                help="start it on a target that computes so",
             )
         return opened
 
@@ -337,6 +344,7 @@ async def create(context: Context) -> TargetService:
         context_length=min(model.config.context_length, engine.scheduler.fits),
         vocabulary_size=model.config.vocabulary_size,
         dtype=config.dtype,
+        executor=model.executor.name,
         receipt_key=key.public_key().public_bytes_raw(),
         drafting=context.config.draft.enabled,
         cache_tokens=config.cache_tokens,

@@ -297,7 +297,7 @@ class Client:
             told[names.SERVER_PORT] = int(port)
         span = self._tracer.start_span(span_name(request.model), kind=SpanKind.CLIENT, attributes=told)
         progress.span = GenerationSpan(span, request)
-        with tracing.ended(span):
+        with tracing.Ended(span):
             try:
                 async with aclosing(self._answer(stream, progress, goes_on, span)) as events:
                     async for event in events:

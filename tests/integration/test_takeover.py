@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +25,13 @@ from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.registry import Registry
+from countersign.verify.arithmetic import arithmetic_of
 from countersign.verify.audit import audit
 from countersign.verify.difr import load_reference
 from countersign.verify.fingerprints import Challenge
 from countersign.verify.keys import load_public
 from countersign.verify.logged import opened_fingerprints
+from countersign.verify.receipt import parse
 
 PROMPT = "class Stack:\n    def push(self, item):\n"
 LENGTH = 1500
@@ -49,10 +53,10 @@ class Stage:
         instance = (await self.log(request_id)).instance
         return next(target.pid for target in self.registry.live("target") if target.instance == instance)
 
-    async def complete(self) -> None:
-        """Wait until two targets live."""
+    async def complete(self, past: int = 0) -> None:
+        """Wait until two targets live; ``past``: a process that ends, and may not have noticed yet."""
         async with asyncio.timeout(60):
-            while len({t.pid for t in self.registry.live("target") if psutil.pid_exists(t.pid)}) < 2:  # noqa: ASYNC110
+            while len({t.pid for t in self.registry.live("target") if psutil.pid_exists(t.pid)} - {past}) < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
 
 
@@ -156,7 +160,7 @@ async def test_a_rolling_restart_under_load_is_a_pause_for_nobody_but_the_clock(
             while not (await stage.log("rolling-7")).token_ids:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         os.kill(pid, signal.SIGTERM)
-        await stage.complete()
+        await stage.complete(past=pid)
     assert [one.token_ids for one in await asyncio.gather(*answers)] == [one.token_ids for one in whole]
     epochs = [(await stage.log(f"rolling-{seed}")).epoch for seed in range(8)]
     assert max(epochs) >= 2, "no answer was moved"
@@ -211,3 +215,55 @@ async def test_operators_see_take_overs_and_the_appends_that_a_fenced_target_sti
     async with asyncio.timeout(30):
         while not (await scraped(stage.registry, "target", conflicts, outcome)).get("closed"):  # noqa: ASYNC110  no event
             await asyncio.sleep(0.1)
+
+
+@contextmanager
+def another_target(running: Running, *settings: str) -> Iterator[None]:
+    """One more, that the stack does not look after."""
+    options = [item for setting in settings for item in ("--set", setting)]
+    command = [
+        sys.executable,
+        "-m",
+        "countersign.services.target",
+        "--config",
+        str(running.data_dir / "config.json"),
+        *options,
+    ]
+    with (running.data_dir.parent / "another.log").open("wb") as log, subprocess.Popen(command, stderr=log) as process:
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+async def test_nobody_who_computes_otherwise_takes_an_answer_over(tmp_path: Path, demo_models: dict[str, Path]) -> None:
+    running = start_stack(tmp_path / "data")
+    bus = await Bus.connect(running.nats, "test")
+    async with Registry(bus) as registry:
+        stage = Stage(running, Journal(bus), registry)
+        begun = asyncio.create_task(told(stage, "begun", seed=5, hurt=signal.SIGSTOP))
+        async with asyncio.timeout(60):
+            while not (await stage.log("begun")).token_ids:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        hanging = await stage.owner("begun")
+        with another_target(running, "target.dtype=bf16"):
+            async with asyncio.timeout(60):
+                while "bf16" not in {target.model.dtype for target in registry.live("target")}:  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+            # One that nobody has begun goes to who is there; the other waits for its like.
+            other = await told(stage, "other", seed=6)
+            os.kill(hanging, signal.SIGKILL)
+            answers = {"begun": await begun, "other": other}
+    for request_id, dtype in (("begun", "fp32"), ("other", "bf16")):
+        log, receipt = await stage.log(request_id), answers[request_id].finished.receipt
+        assert log.arithmetic == str(arithmetic_of(parse(receipt).receipt))
+        assert log.arithmetic.endswith(dtype)
+        assert (log.epoch > 1) == (request_id == "begun")
+        report = audit(
+            receipt,
+            trusted_keys=[load_public(running.data_dir / "keys" / "receipts.pub")],
+            reference=partial(load_reference, demo_models["target"]),
+        )
+        assert report.verdict == "pass", report
+    await bus.close()
+    assert stop_stack(running) == 0

@@ -56,6 +56,15 @@ def follow(log: LogState, payload: Payload) -> LogState:
     return log.apply(log.sequence + 2, encode("r1", log.digest, payload))
 
 
+def test_the_arithmetic_is_that_of_the_tokens_and_may_change_until_there_are_any() -> None:
+    first, second = (Assigned(epoch=epoch, arithmetic=f"native {bits}") for epoch, bits in ((1, "fp32"), (2, "bf16")))
+    assert log_of(OPENED, first).arithmetic == "native fp32"
+    assert log_of(OPENED, first, second).arithmetic == "native bf16"
+    begun = (OPENED, first, extended(0, 10))
+    assert log_of(*begun).arithmetic == "native fp32"
+    assert log_of(*begun, Assigned(epoch=2, instance="router-1")).arithmetic == "native fp32"
+
+
 def test_a_whole_request_leads_to_its_tokens_their_source_and_the_bill() -> None:
     log = log_of(
         OPENED,

@@ -8,7 +8,10 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from countersign.services.protocol.commit import LogState
+from countersign.services.protocol.tokens import Tokens
 from countersign.services.router.placement import DECODE, PREFILL, Limits, Pools, candidates
+from countersign.v1.commit_pb2 import Opened
 from countersign.v1.registry_pb2 import Instance, TargetRole
 from countersign.v1.router_pb2 import ModelInfo
 
@@ -18,9 +21,15 @@ WEIGHTS = b"w" * 32
 
 
 def target(
-    name: str, role: TargetRole.ValueType = MIXED, tokens: int = 0, requests: int = 0, *, draining: bool = False
+    name: str,
+    role: TargetRole.ValueType = MIXED,
+    tokens: int = 0,
+    requests: int = 0,
+    *,
+    draining: bool = False,
+    dtype: str = "fp32",
 ) -> Instance:
-    model = ModelInfo(weights_sha256=WEIGHTS)
+    model = ModelInfo(weights_sha256=WEIGHTS, executor="native", dtype=dtype)
     return Instance(
         instance=name,
         role=role,
@@ -73,8 +82,22 @@ def test_among_mixed_targets_the_least_busy_is_asked_first_as_ever() -> None:
 
 def test_only_those_that_serve_the_weights_and_take_new_requests_are_candidates() -> None:
     house = [target("a"), target("b", draining=True)]
-    assert names(candidates(house, WEIGHTS)) == ["a"]
-    assert candidates(house, b"x" * 32) == []
+    assert names(candidates(house, log())) == ["a"]
+    assert candidates(house, log(b"x" * 32)) == []
+
+
+def log(weights: bytes = WEIGHTS, arithmetic: str = "", tokens: int = 0) -> LogState:
+    opened = Opened(weights_sha256=weights)
+    return LogState("r", opened=opened, arithmetic=arithmetic, tokens=Tokens().extended([1] * tokens, 0))
+
+
+def test_tokens_stay_with_the_arithmetic_that_computed_them() -> None:
+    house = [target("a"), target("b", dtype="bf16"), target("c")]
+    assert names(candidates(house, log(arithmetic="native fp32", tokens=1))) == ["a", "c"]
+    assert names(candidates(house, log(arithmetic="native bf16", tokens=1))) == ["b"]
+    assert names(candidates(house, log(arithmetic="eager fp32", tokens=1))) == []
+    assert names(candidates(house, log(arithmetic="native bf16"))) == ["a", "b", "c"], "there are none yet"
+    assert names(candidates(house, log(tokens=1))) == ["a", "b", "c"], "another release did not say"
 
 
 @given(houses)

@@ -111,7 +111,7 @@ async def test_long_prompts_go_to_the_target_for_prefill_and_short_ones_to_nobod
     assert house.called == []
     await splitter.prefill(log(100))
     assert house.prefills == ["p"]
-    assert [each.instance for each in splitter.answerers(WEIGHTS)] == ["d", "p"]
+    assert [each.instance for each in splitter.answerers(log())] == ["d", "p"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ from countersign.services.protocol.driver import settle
 from countersign.services.protocol.opener import Opener
 from countersign.services.protocol.subjects import commit_subject, receipt_subject
 from countersign.services.protocol.writer import Writer
+from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.telemetry.exposition import Families
+from countersign.services.runtime.telemetry.instruments import Meter
 from countersign.services.target.committer import Committer
 from countersign.services.target.loop import MAX_LOSSES, TargetLoop
 from countersign.services.target.prefixes import PrefixKeys
@@ -266,6 +269,43 @@ async def test_every_request_ends_with_all_tokens_and_the_receipt_that_closed_it
         assert here.engine.cache.free_tokens == free
         here.engine.cache.check_integrity()
         assert here.engine.most > 1
+
+
+async def test_a_pass_is_in_the_log_before_it_is_counted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = []
+    async with house(model) as target:
+        ran = target.loop._meter.ran
+
+        def counted(*arguments: Any) -> None:
+            committed.append(len(target.journal.log("one").tokens))
+            ran(*arguments)
+
+        monkeypatch.setattr(target.loop._meter, "ran", counted)
+        await target.add("one", max_tokens=4)
+        await target.idle()
+    passes = committed[-4:]
+    assert passes == [1, 2, 3, 4]
+
+
+async def test_passes_and_their_tokens_are_counted_and_how_long_each_request_waited(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = Meter()
+    monkeypatch.setattr(metrics._Process, "meter", meter)
+    async with house(model) as target:
+        for name in ("one", "two"):
+            await target.add(name, max_tokens=4)
+        await target.idle()
+    samples = [sample for family in Families(meter).collect() for sample in family.samples]
+    told = {(sample.name, *sample.labels.values()): sample.value for sample in samples}
+    assert told["countersign_target_queue_duration_seconds_count",] == 2
+    assert told["countersign_target_tokens_total", "output"] == 2 * 4
+    assert told["countersign_target_tokens_total", "input"] == 2 * len(PROMPT)
+    assert told["countersign_pass_fed_sum",] == 2 * len(PROMPT) + 2 * (4 - 1)  # the last token is never fed
+    assert told["countersign_rounds_total",] == 2 * 4
+    assert told["countersign_pass_duration_seconds_count",] == told["countersign_pass_requests_count",] >= 4
+    assert told["countersign_receipts_made_total",] == 2
+    assert told["countersign_commit_duration_seconds_count",] == 2 * (4 + 1)
 
 
 async def test_a_cancel_between_receipt_and_closed_wins_and_the_receipt_says_so(model: Model) -> None:

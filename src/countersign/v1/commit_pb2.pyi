@@ -157,19 +157,25 @@ class Assigned(_message.Message):
 
     EPOCH_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    ARITHMETIC_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """1 for the first assignment, then one more each time."""
     instance: _builtins.str
     """The target instance."""
+    arithmetic: _builtins.str
+    """How it computes: executor and dtype, such as "native fp32". Once there are tokens, nobody who computes otherwise
+    takes them over, for the receipt names one arithmetic. Empty: not known, or nobody computes.
+    """
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         instance: _builtins.str = ...,
+        arithmetic: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arithmetic", b"arithmetic", "epoch", b"epoch", "instance", b"instance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -720,6 +720,7 @@ class ModelInfo(_message.Message):
     DRAFTING_FIELD_NUMBER: _builtins.int
     CACHE_TOKENS_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
+    EXECUTOR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     weights_sha256: _builtins.bytes
@@ -740,6 +741,8 @@ class ModelInfo(_message.Message):
     """Whether a draft proposes for it."""
     cache_tokens: _builtins.int
     """Tokens whose KV one target keeps."""
+    executor: _builtins.str
+    """The code that computes it, such as "native". With dtype: the arithmetic, "native fp32"."""
     @_builtins.property
     def hidden(self) -> _sampling_pb2.HiddenMarkers:
         """What of its output clients do not see; unset: they see all."""
@@ -758,10 +761,11 @@ class ModelInfo(_message.Message):
         drafting: _builtins.bool = ...,
         cache_tokens: _builtins.int = ...,
         hidden: _sampling_pb2.HiddenMarkers | None = ...,
+        executor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tokens", b"cache_tokens", "config_sha256", b"config_sha256", "context_length", b"context_length", "drafting", b"drafting", "dtype", b"dtype", "hidden", b"hidden", "name", b"name", "receipt_key", b"receipt_key", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size", "weights_sha256", b"weights_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tokens", b"cache_tokens", "config_sha256", b"config_sha256", "context_length", b"context_length", "drafting", b"drafting", "dtype", b"dtype", "executor", b"executor", "hidden", b"hidden", "name", b"name", "receipt_key", b"receipt_key", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size", "weights_sha256", b"weights_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
