@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from google.protobuf.message import DecodeError
 from nats.aio.msg import Msg
@@ -33,6 +33,8 @@ BUCKET = "cs-instances"
 _SUBJECTS = f"$KV.{BUCKET}."
 _TIMEOUT_S = 2.0
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,20 +137,31 @@ class Registry:
         Raises:
             Unavailable: reason NO_INSTANCE.
         """
-        try:
-            async with asyncio.timeout(timeout), self._changed:
-                while True:
-                    ready = [each for each in self.live(service) if not each.draining]
-                    if ready:
-                        return ready[0]
-                    await self._changed.wait()
-        except TimeoutError:
+
+        def look() -> Instance | None:
+            return next((each for each in self.live(service) if not each.draining), None)
+
+        found = await self.until(look, timeout)
+        if found is None:
             raise Unavailable(
                 f"no {service} service is up after {timeout:.3g} s",
                 reason="NO_INSTANCE",
                 help=f"start it: python -m countersign.services.{service}",
                 service=service,
-            ) from None
+            )
+        return found
+
+    async def until(self, look: Callable[[], T | None], timeout: float) -> T | None:  # noqa: ASYNC109  returns in time
+        """What ``look`` finds, which is called again after each record that comes; None: nothing in ``timeout``
+        seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout), self._changed:
+                while (found := look()) is None:
+                    await self._changed.wait()
+                return found
+        except TimeoutError:
+            return None
 
     async def __aenter__(self) -> Self:
         await self.start()

@@ -24,6 +24,7 @@ from countersign.v1.registry_pb2 import Instance
 from countersign.v1.tokenizer_pb2 import DecodeRequest, DecodeResponse
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 Reply = Callable[[Any], None]
 
 TTL_S = 3.0
@@ -79,9 +80,22 @@ class SimRegistry:
     def __init__(self, loop: SimLoop) -> None:
         self._loop = loop
         self._records: dict[str, tuple[Instance, float]] = {}
+        self._changed = asyncio.Event()
 
     def heard(self, instance: Instance, ttl: float) -> None:
         self._records[instance.instance] = (instance, self._loop.now + ttl)
+        self._changed.set()
+
+    async def until(self, look: Callable[[], T | None], timeout: float) -> T | None:  # noqa: ASYNC109
+        """As `Registry.until`."""
+        try:
+            async with asyncio.timeout(timeout):
+                while (found := look()) is None:
+                    self._changed.clear()
+                    await self._changed.wait()
+                return found
+        except TimeoutError:
+            return None
 
     def live(self, service: str) -> list[Instance]:
         """As `Registry.live`."""
