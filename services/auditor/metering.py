@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opentelemetry.metrics import MeterProvider
-
 from countersign.services.auditor.intake import Taken
 from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.telemetry.instruments import Meter
 from countersign.verify.verdict import Finding
 
 # Of a level's figures, the mean distance from the reference; its limit is mean_threshold.
@@ -17,12 +16,12 @@ _MEANS = {"tokens": "mean_score", "activations": "mean_distance"}
 class AuditMeter:
     """An auditor's instruments."""
 
-    def __init__(self, provider: MeterProvider | None = None) -> None:
-        self._receipts = metrics.counter(metrics.RECEIPTS_TAKEN, provider)
-        self._verdicts = metrics.counter(metrics.VERDICTS, provider)
-        self._seconds = metrics.histogram(metrics.AUDIT_DURATION, provider)
-        self._delay = metrics.histogram(metrics.AUDIT_DELAY, provider)
-        self._used = metrics.histogram(metrics.AUDIT_LIMIT_USED, provider)
+    def __init__(self, meter: Meter | None = None) -> None:
+        self._receipts = metrics.counter(metrics.RECEIPTS_TAKEN, meter)
+        self._verdicts = metrics.counter(metrics.VERDICTS, meter)
+        self._seconds = metrics.histogram(metrics.AUDIT_DURATION, meter)
+        self._delay = metrics.histogram(metrics.AUDIT_DELAY, meter)
+        self._used = metrics.histogram(metrics.AUDIT_LIMIT_USED, meter)
 
     def taken(self, taken: Taken) -> None:
         """A batch of receipts came."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opentelemetry.metrics import MeterProvider
-
 from countersign.services.kv.store import BlockStore
 from countersign.services.protocol.cache import Tier
 from countersign.services.runtime.telemetry import metrics
-from countersign.services.runtime.telemetry.metrics import Instrument, Read
+from countersign.services.runtime.telemetry.instruments import Instrument, Meter, Read
 
 
-def observe_store(store: BlockStore, provider: MeterProvider | None = None) -> None:
+def observe_store(store: BlockStore, meter: Meter | None = None) -> None:
     """Reads counts and sums that the books keep anyway: no block is looked at."""
     cache, counts = store.cache, store.counts
 
@@ -30,4 +28,4 @@ def observe_store(store: BlockStore, provider: MeterProvider | None = None) -> N
         (metrics.STORE_DAMAGED, lambda: store.damaged),
     )
     for row, read in rows:
-        metrics.observe(row, read, provider)
+        metrics.observe(row, read, meter)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from opentelemetry.metrics import MeterProvider
-
-from countersign.services.runtime.errors import CountersignError, Internal
+from countersign.services.runtime.errors import CountersignError, DataLoss, DeadlineExceeded, Internal, Unavailable
 from countersign.services.runtime.reasons import finish_name
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.telemetry.instruments import Meter
 from countersign.v1.router_pb2 import Finished, StreamEvent
 from countersign.v1.sampling_pb2 import FinishReason
 
@@ -21,17 +19,20 @@ _FAILURES = {
     FinishReason.FINISH_REASON_DEADLINE: "DEADLINE_EXCEEDED",
 }
 
+# What is not the request's fault, though it is not in the log yet: no target, no tokenizer, no bus.
+_OURS = (Unavailable, DeadlineExceeded, DataLoss, Internal)
+
 
 class RequestMeter:
-    """A router's instruments. ``clock`` gives seconds and never goes back."""
+    """A router's instruments. ``clock`` gives seconds and never goes back, such as a loop's."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, provider: MeterProvider | None = None) -> None:
+    def __init__(self, clock: Callable[[], float], meter: Meter | None = None) -> None:
         self.clock = clock
-        self.duration = metrics.histogram(metrics.REQUEST_DURATION, provider)
-        self.first = metrics.histogram(metrics.TIME_TO_FIRST_TOKEN, provider)
-        self.each = metrics.histogram(metrics.TIME_PER_OUTPUT_TOKEN, provider)
-        self.tokens = metrics.histogram(metrics.REQUEST_TOKENS, provider)
-        self.ended = metrics.counter(metrics.REQUESTS, provider)
+        self.duration = metrics.histogram(metrics.REQUEST_DURATION, meter)
+        self.first = metrics.histogram(metrics.TIME_TO_FIRST_TOKEN, meter)
+        self.each = metrics.histogram(metrics.TIME_PER_OUTPUT_TOKEN, meter)
+        self.tokens = metrics.histogram(metrics.REQUEST_TOKENS, meter)
+        self.ended = metrics.counter(metrics.REQUESTS, meter)
 
     @contextmanager
     def request(self) -> Iterator[Measured]:
@@ -40,7 +41,8 @@ class RequestMeter:
         try:
             yield measured
         except CountersignError as error:
-            measured.ends("failed" if measured.accepted else "refused", error.reason)
+            failed = measured.accepted or isinstance(error, _OURS)
+            measured.ends("failed" if failed else "refused", error.reason)
             raise
         except Exception:
             measured.ends("failed", Internal.default_reason)
@@ -56,7 +58,7 @@ class Measured:
         self._meter = meter
         self._began = meter.clock()
         self._first: float | None = None
-        self._over = False
+        self._told = self._over = False
         self._asked: dict[str, str] = {
             metrics.OPERATION: names.TEXT_COMPLETION,
             metrics.PROVIDER: names.PROVIDER_NAME,
@@ -74,8 +76,9 @@ class Measured:
                 self._asked[metrics.MODEL] = event.accepted.model
             case "tokens" | "hidden":
                 if self._first is None:
-                    self._first = self._meter.clock()
-                    self._meter.first.record(self._first - self._began, self._asked)
+                    self._first = self._meter.clock()  # told with the next event: nothing keeps this one
+                else:
+                    self._tell_first()
             case "finished":
                 self._finished(event.finished)
 
@@ -84,10 +87,17 @@ class Measured:
         if self._over:
             return
         self._over = True
+        self._tell_first()
         model = {metrics.MODEL: self._asked[metrics.MODEL]} if self.accepted else {}
         self._meter.ended.add(1, {**model, metrics.FINISH: how})
         failed = {metrics.ERROR: error} if error else {}
         self._meter.duration.record(self._meter.clock() - self._began, {**self._asked, **failed})
+
+    def _tell_first(self) -> None:
+        """Once, if there was one."""
+        if self._first is not None and not self._told:
+            self._told = True
+            self._meter.first.record(self._first - self._began, self._asked)
 
     def _finished(self, finished: Finished) -> None:
         now, usage, model = self._meter.clock(), finished.usage, self._asked.get(metrics.MODEL, "")

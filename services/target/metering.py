@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opentelemetry.metrics import MeterProvider
-
 from countersign.services.engine.engine import Engine, Ran, Result, Step
 from countersign.services.engine.model import Executor
 from countersign.services.engine.ranks.executor import RankedExecutor
 from countersign.services.protocol.driver import Final
 from countersign.services.protocol.events import AssignedTo, CancelledByClient, ClosedAlready, Fenced
 from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.telemetry.instruments import Meter
 
 _INPUT, _OUTPUT = {metrics.TOKEN_TYPE: "input"}, {metrics.TOKEN_TYPE: "output"}
 _REFUSALS = {
@@ -25,25 +24,29 @@ _REFUSALS = {
 class PassMeter:
     """A target's instruments of its loop."""
 
-    def __init__(self, engine: Engine, provider: MeterProvider | None = None) -> None:
+    def __init__(self, engine: Engine, meter: Meter | None = None) -> None:
         self._sharing, self._prompted = engine.sharing, engine.sharing.computed
-        self._queued = metrics.histogram(metrics.QUEUE_DURATION, provider)
-        self._seconds = metrics.histogram(metrics.PASS_DURATION, provider)
-        self._requests = metrics.histogram(metrics.PASS_REQUESTS, provider)
-        self._fed = metrics.histogram(metrics.PASS_FED, provider)
-        self._rounds = metrics.counter(metrics.ROUNDS, provider)
-        self._accepted_of_round = metrics.tally(metrics.ROUND_ACCEPTED, provider)
-        self._proposed = metrics.counter(metrics.TOKENS_DRAFTED, provider)
-        self._accepted = metrics.counter(metrics.TOKENS_ACCEPTED, provider)
-        self._tokens = metrics.counter(metrics.TOKENS, provider)
-        self._preempted = metrics.counter(metrics.PREEMPTIONS, provider)
+        self._waited: list[float] = []
+        self._queued = metrics.histogram(metrics.QUEUE_DURATION, meter)
+        self._seconds = metrics.histogram(metrics.PASS_DURATION, meter)
+        self._requests = metrics.histogram(metrics.PASS_REQUESTS, meter)
+        self._fed = metrics.histogram(metrics.PASS_FED, meter)
+        self._rounds = metrics.counter(metrics.ROUNDS, meter)
+        self._accepted_of_round = metrics.histogram(metrics.ROUND_ACCEPTED, meter)
+        self._proposed = metrics.counter(metrics.TOKENS_DRAFTED, meter)
+        self._accepted = metrics.counter(metrics.TOKENS_ACCEPTED, meter)
+        self._tokens = metrics.counter(metrics.TOKENS, meter)
+        self._preempted = metrics.counter(metrics.PREEMPTIONS, meter)
 
     def admitted(self, seconds: float) -> None:
-        """A request's turn has come, for the first time."""
-        self._queued.record(seconds)
+        """A request's turn has come, for the first time. Its pass is next: this is told after it."""
+        self._waited.append(seconds)
 
     def ran(self, step: Step, ran: Ran, seconds: float) -> None:
         """A pass is over."""
+        for waited in self._waited:
+            self._queued.record(waited)
+        self._waited.clear()
         if step.plan.preempted:
             self._preempted.add(len(step.plan.preempted))
         if not ran.computed:
@@ -74,12 +77,12 @@ class PassMeter:
 class CommitMeter:
     """A target's instruments of its log."""
 
-    def __init__(self, provider: MeterProvider | None = None) -> None:
-        self._seconds = metrics.tally(metrics.COMMIT_DURATION, provider)
-        self._conflicts = metrics.counter(metrics.COMMIT_CONFLICTS, provider)
-        self._queried = metrics.counter(metrics.PREFIX_QUERIED, provider)
-        self._found = metrics.counter(metrics.PREFIX_FOUND, provider)
-        self._receipts = metrics.counter(metrics.RECEIPTS_MADE, provider)
+    def __init__(self, meter: Meter | None = None) -> None:
+        self._seconds = metrics.histogram(metrics.COMMIT_DURATION, meter)
+        self._conflicts = metrics.counter(metrics.COMMIT_CONFLICTS, meter)
+        self._queried = metrics.counter(metrics.PREFIX_QUERIED, meter)
+        self._found = metrics.counter(metrics.PREFIX_FOUND, meter)
+        self._receipts = metrics.counter(metrics.RECEIPTS_MADE, meter)
 
     def settled(self, final: Final, seconds: float) -> None:
         """An append is over."""
@@ -98,7 +101,7 @@ class CommitMeter:
         self._receipts.add(1)
 
 
-def observe_engine(engine: Engine, executor: Executor, most: int, provider: MeterProvider | None = None) -> None:
+def observe_engine(engine: Engine, executor: Executor, most: int, meter: Meter | None = None) -> None:
     """What the engine holds, whenever somebody looks; ``most`` requests may be there."""
 
     def requests() -> dict[str, float]:
@@ -109,11 +112,11 @@ def observe_engine(engine: Engine, executor: Executor, most: int, provider: Mete
         stats = engine.cache.stats()
         return {"used": stats.used, "cached": stats.cached, "free": stats.free}
 
-    metrics.observe(metrics.TARGET_REQUESTS, requests, provider)
-    metrics.observe(metrics.TARGET_LIMIT, lambda: most, provider)
-    metrics.observe(metrics.PAGES, pages, provider)
-    metrics.observe(metrics.PAGES_EVICTED, lambda: engine.cache.stats().evictions, provider)
-    metrics.observe(metrics.RING_BYTES, executor.sent if isinstance(executor, RankedExecutor) else _alone, provider)
+    metrics.observe(metrics.TARGET_REQUESTS, requests, meter)
+    metrics.observe(metrics.TARGET_LIMIT, lambda: most, meter)
+    metrics.observe(metrics.PAGES, pages, meter)
+    metrics.observe(metrics.PAGES_EVICTED, lambda: engine.cache.stats().evictions, meter)
+    metrics.observe(metrics.RING_BYTES, executor.sent if isinstance(executor, RankedExecutor) else _alone, meter)
 
 
 def _alone() -> dict[str, float]:

@@ -1,6 +1,7 @@
 """A kv service as a process, misbehaving on request: ``kv_program.py --config FILE`` with FAULT in the environment."""
 
 import asyncio
+import gc
 import os
 
 from nats.aio.msg import Msg
@@ -30,6 +31,8 @@ class Kv:
     async def Lookup(self, request: kv_pb2.LookupRequest, call: Call) -> kv_pb2.LookupResponse:
         if request.holder == "slow":
             await self._wait_for_go()
+        if request.holder == "frozen":
+            return kv_pb2.LookupResponse(found=gc.get_freeze_count())
         return kv_pb2.LookupResponse(found=1, address=self._context.address())
 
     async def _wait_for_go(self) -> None:

@@ -1,7 +1,7 @@
 """Serves a process's metrics over HTTP: /metrics for Prometheus, /targets to tell it where all processes serve theirs.
 
 It has threads of its own, so that a scrape takes its turns beside the event loop and never stops it. Nothing is wired
-where ``telemetry.metrics`` is false: the API's instruments then do nothing, and the SDK is not even imported.
+where ``telemetry.metrics`` is false: instruments then count nothing, and prometheus_client is not even imported.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from countersign import __version__
 from countersign.services.runtime.addresses import announced, split
 from countersign.services.runtime.config import Config
 from countersign.services.runtime.errors import FailedPrecondition
+from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.telemetry.instruments import Meter
 from countersign.v1.registry_pb2 import Instance, TargetRole
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ ROUTER = "router"
 MOST_CALLS = 8
 # A peer that says nothing for so long is let go.
 PATIENCE_S = 5.0
+# How often it is seen, while all places are taken, that nothing more is to be answered.
 _POLL_S = 0.1
 
 Discover = Callable[[], Iterable[Instance]]
@@ -45,30 +48,26 @@ class Served:
         self.address = address
         self.discover: Discover = nobody
         self._server = server
-        self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def open(self, scrape: WSGIApplication) -> None:
         """Answer calls; ``scrape`` those for /metrics."""
         if self._server is not None:
             self._server.set_app(_paths(scrape, self))
+            self._thread = threading.Thread(target=self._server.answer, name="metrics", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
         """Stop listening. Calls in hand end with the process."""
-        if self._server is not None:
-            self._server.closing = True
-            self._server.shutdown()
+        if self._server is not None and self._thread is not None:
+            self._server.end()
             self._thread.join()
             self._server.server_close()
             self._server = None
 
-    def _serve(self) -> None:
-        if self._server is not None:
-            self._server.serve_forever(_POLL_S)
-
 
 def start(config: Config, *, service: str, instance: str) -> Served:
-    """Serve the metrics of this process, if that is wanted, and make the SDK count them.
+    """Serve the metrics of this process, if that is wanted, and count them from now on.
 
     Raises:
         FailedPrecondition: reason ADDRESS_UNUSABLE.
@@ -106,14 +105,10 @@ def _role(instance: Instance) -> str:
 
 def _count(namespace: str, service: str, instance: str) -> Any:
     """From now on what is recorded is counted; the registry that tells it."""
-    from opentelemetry import metrics
-    from opentelemetry.sdk.metrics import MeterProvider, TraceBasedExemplarFilter
-    from opentelemetry.sdk.resources import Resource
     from prometheus_client import CollectorRegistry, ProcessCollector
     from prometheus_client.core import InfoMetricFamily
 
-    from countersign.services.runtime.telemetry import exposition
-    from countersign.services.runtime.telemetry.metrics import TABLE
+    from countersign.services.runtime.telemetry.exposition import Constant, Families
 
     who = {
         "service.name": service,
@@ -121,20 +116,13 @@ def _count(namespace: str, service: str, instance: str) -> Any:
         "service.instance.id": instance,
         "service.version": __version__,
     }
-    reader = exposition.PrometheusReader()
-    provider = MeterProvider(
-        metric_readers=[reader],
-        resource=Resource.create(who),
-        exemplar_filter=TraceBasedExemplarFilter(),
-        shutdown_on_exit=False,
-        views=exposition.views(TABLE),
-    )
-    metrics.set_meter_provider(provider)
+    meter = Meter()
+    metrics.start(meter)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(exposition.Families(reader))
+    registry.register(Families(meter))
     ProcessCollector(registry=registry)
     info = InfoMetricFamily("target", "who this is", {key.replace(".", "_"): value for key, value in who.items()})
-    registry.register(exposition.Constant([info]))
+    registry.register(Constant([info]))
     return registry
 
 
@@ -182,6 +170,16 @@ class _Server(ThreadingMixIn, WSGIServer):
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.socket.getsockname()[:2]
         self.setup_environ()
+
+    def answer(self) -> None:
+        """Until :meth:`end`. It sleeps while nobody calls; ``serve_forever`` would look ten times a second."""
+        while not self.closing:
+            self.handle_request()
+
+    def end(self) -> None:
+        """Take no more calls."""
+        self.closing = True
+        self.socket.shutdown(socket.SHUT_RDWR)  # which wakes who waits for one
 
     def process_request(self, request: Any, client_address: Any) -> None:
         while not self._free.acquire(timeout=_POLL_S):

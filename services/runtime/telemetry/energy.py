@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from opentelemetry.metrics import MeterProvider
-
 from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.telemetry.instruments import Meter
 
 POWERCAP = Path("/sys/class/powercap")
 NVML, RAPL, PROCESSOR, GPU, GPU_MEMORY = "nvml", "rapl", "processor", "gpu", "gpu_memory"
@@ -195,9 +194,9 @@ class EnergyMeter:
         return {name: float(name == now) for name in ("compute", "memory", "unknown")}
 
 
-def observe_energy(meter: EnergyMeter, provider: MeterProvider | None = None) -> None:
+def observe_energy(energy: EnergyMeter, meter: Meter | None = None) -> None:
     """Read whenever somebody looks."""
-    metrics.observe(metrics.ENERGY, meter.joules, provider)
-    metrics.observe(metrics.ENERGY_AVAILABLE, meter.available, provider)
-    metrics.observe(metrics.UTILISATION, meter.utilisation, provider)
-    metrics.observe(metrics.CONSTRAINT_NOW, meter.constraint, provider)
+    metrics.observe(metrics.ENERGY, energy.joules, meter)
+    metrics.observe(metrics.ENERGY_AVAILABLE, energy.available, meter)
+    metrics.observe(metrics.UTILISATION, energy.utilisation, meter)
+    metrics.observe(metrics.CONSTRAINT_NOW, energy.constraint, meter)

@@ -1,26 +1,14 @@
 """Every number that a process tells of itself: one table, and what makes an instrument of a row.
 
-It uses the OpenTelemetry API only: unless the process serves metrics (endpoint.py), all of this does nothing. The
-table is also the bound on cardinality: a row names all attributes that its series may have, none of which can hold a
-request, a tenant or a text. docs/telemetry.md is written from it, and a test holds that.
+Unless the process serves metrics (endpoint.py), all of this does nothing. The table is also the bound on cardinality: a
+row names all attributes that its series may have, none of which can hold a request, a tenant or a text.
+docs/telemetry.md is written from it, and a test holds that.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
-from itertools import accumulate
-from typing import Literal
-
-from opentelemetry import metrics
-from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, MeterProvider, Observation
-
-from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.telemetry import attributes as names
-
-Kind = Literal["counter", "histogram", "gauge", "observed counter", "observed histogram"]
+from countersign.services.runtime.telemetry.instruments import NOTHING, Counter, Histogram, Instrument, Meter, Read
 
 # OpenTelemetry's attribute names: those of its conventions where there is one, else ours.
 OPERATION, PROVIDER, MODEL = names.OPERATION, names.PROVIDER, names.REQUEST_MODEL
@@ -35,22 +23,6 @@ DIRECTION = "countersign.ring.direction"
 PROPERTY = "countersign.property"
 SOURCE = "countersign.source"
 CONSTRAINT = "countersign.constraint"
-
-
-@dataclass(frozen=True, slots=True)
-class Instrument:
-    """A row. ``unit`` as UCUM has it; ``who`` records it; ``buckets``: a histogram's boundaries; ``values``: of a
-    counter's one attribute, those that are counted from 0 on, so that the first of each is seen as a rise.
-    """
-
-    name: str
-    kind: Kind
-    unit: str
-    who: str
-    what: str
-    attributes: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
-    values: tuple[str, ...] = ()
 
 
 # Boundaries that fit a model of a few million parameters on two cores, and one of many billions on GPUs: those that
@@ -146,7 +118,7 @@ ROUNDS = Instrument(
     "turns of requests in passes that gave them tokens; output tokens over rounds are tokens per pass",
 )  # fmt: skip
 ROUND_ACCEPTED = Instrument(
-    "countersign.round.accepted", "observed histogram", "{token}", "target",
+    "countersign.round.accepted", "histogram", "{token}", "target",
     "proposals that a pass accepted of a request that had any", (), _RUN,
 )  # fmt: skip
 TOKENS_DRAFTED = Instrument(
@@ -182,7 +154,7 @@ PAGES_EVICTED = Instrument(
     "countersign.kv.pages.evicted", "observed counter", "{page}", "target", "cached pages given up for room"
 )
 COMMIT_DURATION = Instrument(
-    "countersign.commit.duration", "observed histogram", "s", "target",
+    "countersign.commit.duration", "histogram", "s", "target",
     "from an append to the log to its acknowledgement, retries included", (), _STEP,
 )  # fmt: skip
 COMMIT_CONFLICTS = Instrument(
@@ -291,82 +263,32 @@ CONSTRAINT_NOW = Instrument(
 TABLE: tuple[Instrument, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Instrument))
 """All rows, in the order above."""
 
-# What an observed histogram is to the API, whose histograms cannot be observed: counters, up to each boundary.
-BUCKET, SUM, BOUND = ".bucket", ".sum", "le"
 
-Read = Callable[[], float | Mapping[str, float] | None]
-"""What is so now: one number; or, of a row with an attribute, a number for each of its values; None: not known."""
+class _Process:
+    """Which meter makes instruments where no other is given; None: nobody looks."""
 
-
-@cache
-def counter(row: Instrument, provider: MeterProvider | None = None) -> Counter:
-    """Counts up, from 0 where it is known what will be counted; of the process's provider when none is given."""
-    made = _meter(provider).create_counter(row.name, row.unit, row.what)
-    for attributes in [{row.attributes[0]: value} for value in row.values] if row.attributes else [{}]:
-        made.add(0, attributes)
-    return made
+    meter: Meter | None = None
 
 
-@cache
-def histogram(row: Instrument, provider: MeterProvider | None = None) -> Histogram:
-    """Takes one value at a time; of the process's provider when none is given."""
-    return _meter(provider).create_histogram(
-        row.name, row.unit, row.what, explicit_bucket_boundaries_advisory=row.buckets
-    )
+def start(meter: Meter) -> None:
+    """Instruments of this process are this meter's. Those that were made before count nothing."""
+    _Process.meter = meter
 
 
-class Tally:
-    """An observed histogram: kept here, and read when somebody looks. For what happens to each request in each pass,
-    where the microseconds that the API takes for one value would be felt. It has no exemplars.
-    """
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def record(self, value: float) -> None:
-        """One more; by one thread."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def buckets(self) -> dict[str, float]:
-        """How many up to each boundary, by its text."""
-        bounds = [*map(str, self._bounds), "+Inf"]
-        return dict(zip(bounds, accumulate(self._counts), strict=True))
-
-    def sum(self) -> float:
-        return self._sum
+def counter(row: Instrument, meter: Meter | None = None) -> Counter:
+    """See :meth:`Meter.counter`; of the process's meter when none is given."""
+    meter = meter or _Process.meter
+    return NOTHING if meter is None else meter.counter(row)
 
 
-@cache
-def tally(row: Instrument, provider: MeterProvider | None = None) -> Tally:
-    """Takes one value at a time, and hardly any; of the process's provider when none is given."""
-    made = Tally(row.buckets)
-    buckets = replace(row, name=row.name + BUCKET, kind="observed counter", attributes=(BOUND,))
-    observe(buckets, made.buckets, provider)
-    observe(replace(row, name=row.name + SUM, kind="observed counter"), made.sum, provider)
-    return made
+def histogram(row: Instrument, meter: Meter | None = None) -> Histogram:
+    """See :meth:`Meter.histogram`; of the process's meter when none is given."""
+    meter = meter or _Process.meter
+    return NOTHING if meter is None else meter.histogram(row)
 
 
-def observe(row: Instrument, read: Read, provider: MeterProvider | None = None) -> None:
-    """``read`` is asked whenever somebody looks, in another thread: it must change nothing. What it cannot tell now, by
-    None or a CountersignError, has no sample.
-    """
-
-    def observed(_: CallbackOptions) -> Iterable[Observation]:
-        try:
-            now = read()
-        except CountersignError:
-            return []
-        if isinstance(now, Mapping):
-            return [Observation(value, {row.attributes[0]: name}) for name, value in now.items()]
-        return [] if now is None else [Observation(now)]
-
-    meter = _meter(provider)
-    create = meter.create_observable_gauge if row.kind == "gauge" else meter.create_observable_counter
-    create(row.name, [observed], row.unit, row.what)
-
-
-def _meter(provider: MeterProvider | None) -> Meter:
-    return metrics.get_meter("countersign", meter_provider=provider)
+def observe(row: Instrument, read: Read, meter: Meter | None = None) -> None:
+    """See :meth:`Meter.observe`; by the process's meter when none is given."""
+    meter = meter or _Process.meter
+    if meter is not None:
+        meter.observe(row, read)

@@ -43,7 +43,7 @@ def generated(*, content: bool = False, fails: bool = False) -> ReadableSpan:
     )
     span = provider.get_tracer("test").start_span("call")
     generation = GenerationSpan(span, request, content=content)
-    with suppress(NotFound), tracing.ended(span):
+    with suppress(NotFound), tracing.Ended(span):
         try:
             generation.sees(StreamEvent(accepted=Accepted(request_id="r", model="m", prompt_tokens=3)))
             generation.sees(StreamEvent(tokens=Tokens(tokens=[Token(id=1, text=SECRET)])))

@@ -1,12 +1,13 @@
-"""What Prometheus reads of what the SDK has counted."""
+"""What Prometheus reads of what a meter has counted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from opentelemetry.sdk.metrics import MeterProvider, TraceBasedExemplarFilter
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from prometheus_client import CollectorRegistry, generate_latest
@@ -17,28 +18,17 @@ from prometheus_client.parser import text_string_to_metric_families as parsed_te
 
 from countersign.services.runtime.errors import Unavailable
 from countersign.services.runtime.telemetry import metrics
-from countersign.services.runtime.telemetry.exposition import (
-    MOST_SERIES,
-    Families,
-    PrometheusReader,
-    prometheus_name,
-    views,
-)
+from countersign.services.runtime.telemetry.exposition import Families, prometheus_name
+from countersign.services.runtime.telemetry.instruments import MOST_SERIES, Meter
 
 
 class Scraped:
-    """A provider as a process has it, and what it looks like from outside."""
+    """A meter as a process has it, and what it looks like from outside."""
 
     def __init__(self) -> None:
-        reader = PrometheusReader()
-        self.provider = MeterProvider(
-            metric_readers=[reader],
-            exemplar_filter=TraceBasedExemplarFilter(),
-            shutdown_on_exit=False,
-            views=views(metrics.TABLE),
-        )
+        self.meter = Meter()
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(Families(reader))
+        self._registry.register(Families(self.meter))
 
     def text(self) -> str:
         return generate_latest(self._registry).decode()
@@ -81,10 +71,10 @@ def test_names_follow_opentelemetrys_rules_for_prometheus(name: str, unit: str, 
 
 
 def test_counters_gauges_and_histograms_arrive_with_their_labels(scraped: Scraped) -> None:
-    metrics.counter(metrics.VERDICTS, scraped.provider).add(2, {metrics.OUTCOME: "pass"})
-    metrics.observe(metrics.TARGET_REQUESTS, lambda: {"waiting": 3, "running": 4}, scraped.provider)
-    metrics.observe(metrics.BUS_DROPPED, lambda: 5, scraped.provider)
-    metrics.histogram(metrics.PASS_DURATION, scraped.provider).record(0.003)
+    metrics.counter(metrics.VERDICTS, scraped.meter).add(2, {metrics.OUTCOME: "pass"})
+    metrics.observe(metrics.TARGET_REQUESTS, lambda: {"waiting": 3, "running": 4}, scraped.meter)
+    metrics.observe(metrics.BUS_DROPPED, lambda: 5, scraped.meter)
+    metrics.histogram(metrics.PASS_DURATION, scraped.meter).record(0.003)
     assert scraped.values("countersign_auditor_verdicts_total") == {
         (("countersign_outcome", "pass"),): 2,
         # From 0 on, so that the first one is seen as a rise.
@@ -104,7 +94,7 @@ def test_counters_gauges_and_histograms_arrive_with_their_labels(scraped: Scrape
 
 
 def test_openmetrics_says_type_and_unit_and_passes_its_own_parser(scraped: Scraped) -> None:
-    metrics.histogram(metrics.PASS_DURATION, scraped.provider).record(0.1)
+    metrics.histogram(metrics.PASS_DURATION, scraped.meter).record(0.1)
     family = scraped.family("countersign_pass_duration_seconds")
     assert (family.type, family.unit, family.documentation) == ("histogram", "seconds", metrics.PASS_DURATION.what)
 
@@ -117,7 +107,7 @@ def exemplars(scraped: Scraped) -> list[tuple[float, str, str]]:
 
 
 def test_a_bucket_names_the_trace_that_last_fell_into_it_until_another_does(scraped: Scraped) -> None:
-    histogram = metrics.histogram(metrics.PASS_DURATION, scraped.provider)
+    histogram = metrics.histogram(metrics.PASS_DURATION, scraped.meter)
     tracer = TracerProvider().get_tracer("test")
     seen = []
     for value in (0.003, 0.004, 0.2):  # two of one bucket, one of another
@@ -133,7 +123,7 @@ def test_a_bucket_names_the_trace_that_last_fell_into_it_until_another_does(scra
 
 
 def test_what_was_not_sampled_or_not_traced_is_no_exemplar(scraped: Scraped) -> None:
-    histogram = metrics.histogram(metrics.PASS_DURATION, scraped.provider)
+    histogram = metrics.histogram(metrics.PASS_DURATION, scraped.meter)
     histogram.record(0.003)
     with TracerProvider(sampler=ALWAYS_OFF).get_tracer("test").start_as_current_span("commit"):
         histogram.record(0.2)
@@ -142,8 +132,8 @@ def test_what_was_not_sampled_or_not_traced_is_no_exemplar(scraped: Scraped) -> 
 
 def test_an_attribute_that_the_table_does_not_name_reaches_nobody_not_even_in_an_exemplar(scraped: Scraped) -> None:
     with TracerProvider().get_tracer("test").start_as_current_span("commit"):
-        metrics.histogram(metrics.PASS_DURATION, scraped.provider).record(0.1, {"countersign.request.id": "req-7"})
-        metrics.counter(metrics.VERDICTS, scraped.provider).add(1, {"tenant": "acme", metrics.OUTCOME: "pass"})
+        metrics.histogram(metrics.PASS_DURATION, scraped.meter).record(0.1, {"countersign.request.id": "req-7"})
+        metrics.counter(metrics.VERDICTS, scraped.meter).add(1, {"tenant": "acme", metrics.OUTCOME: "pass"})
     for text in (scraped.text(), scraped.openmetrics()):
         assert "countersign_auditor_verdicts_total" in text
         assert "req-7" not in text
@@ -151,7 +141,7 @@ def test_an_attribute_that_the_table_does_not_name_reaches_nobody_not_even_in_an
 
 
 def test_series_are_bounded_whatever_values_a_label_takes(scraped: Scraped) -> None:
-    counter = metrics.counter(metrics.REQUESTS, scraped.provider)
+    counter = metrics.counter(metrics.REQUESTS, scraped.meter)
     for number in range(3 * MOST_SERIES):
         counter.add(1, {metrics.MODEL: f"model-{number}"})
     found = scraped.values("countersign_requests_total")
@@ -164,38 +154,100 @@ def failing() -> float:
     raise Unavailable("the ledger does not answer")
 
 
-@pytest.mark.parametrize("read", [failing, lambda: None])
-def test_what_cannot_be_told_now_has_no_sample_and_others_have(scraped: Scraped, read: Callable[[], float]) -> None:
-    metrics.observe(metrics.AUDITS_WAITING, read, scraped.provider)
-    metrics.observe(metrics.LOG_SIZE, lambda: 12, scraped.provider)
+def broken() -> float:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(("read", "logged"), [(failing, 0), (lambda: None, 0), (broken, 1)])
+def test_what_cannot_be_told_now_has_no_sample_and_others_have(
+    scraped: Scraped, caplog: pytest.LogCaptureFixture, read: Callable[[], float], logged: int
+) -> None:
+    metrics.observe(metrics.AUDITS_WAITING, read, scraped.meter)
+    metrics.observe(metrics.LOG_SIZE, lambda: 12, scraped.meter)
     assert scraped.values("countersign_auditor_audits_waiting") == {}
+    assert len(caplog.records) == logged, "a bug is told, what is not there yet is none"
     assert scraped.values("countersign_log_size") == {(): 12}
 
 
 def test_a_label_keeps_its_value_whatever_is_in_it(scraped: Scraped) -> None:
-    metrics.counter(metrics.REQUESTS, scraped.provider).add(1, {metrics.MODEL: 'a"b\\c\nd'})
+    metrics.counter(metrics.REQUESTS, scraped.meter).add(1, {metrics.MODEL: 'a"b\\c\nd'})
     assert scraped.values("countersign_requests_total") == {(("gen_ai_request_model", 'a"b\\c\nd'),): 1}
 
 
-def test_an_observed_histogram_is_to_prometheus_what_one_of_the_sdk_s_would_be(scraped: Scraped) -> None:
-    own = replace(metrics.COMMIT_DURATION, name="countersign.own", kind="histogram")
-    histogram, tally = (
-        metrics.histogram(own, scraped.provider),
-        metrics.tally(metrics.COMMIT_DURATION, scraped.provider),
-    )
-    for value in (0.0001, 0.0025, 0.003, 0.003, 99.0):  # below, on and between boundaries, and beyond them
-        histogram.record(value)
-        tally.record(value)
-    expected = scraped.family("countersign_own_seconds").samples
-    samples = scraped.family("countersign_commit_duration_seconds").samples
-    renamed = [each._replace(name=each.name.replace("commit_duration", "own")) for each in samples]
-    assert renamed == expected
-    assert len(samples) == len(metrics.COMMIT_DURATION.buckets) + 3
-    assert ".bucket" not in scraped.text()
+@pytest.mark.parametrize(
+    ("value", "bucket"),
+    [(0.0, "0.00025"), (0.0025, "0.0025"), (0.00251, "0.005"), (10, "10.0"), (99.0, "+Inf")],
+)
+def test_a_bucket_takes_what_is_at_most_its_boundary(scraped: Scraped, value: float, bucket: str) -> None:
+    metrics.histogram(metrics.PASS_DURATION, scraped.meter).record(value)
+    counts = scraped.values("countersign_pass_duration_seconds_bucket")
+    assert next(dict(labels)["le"] for labels, count in counts.items() if count) == bucket
+    assert scraped.values("countersign_pass_duration_seconds_sum") == {(): value}
 
 
-def test_one_row_is_tallied_once_whoever_counts(scraped: Scraped) -> None:
+def test_a_histogram_without_labels_is_there_before_its_first_value(scraped: Scraped) -> None:
+    """So that the first one is seen as a rise; of one with labels nobody knows which there will be."""
+    metrics.histogram(metrics.PASS_DURATION, scraped.meter)
+    metrics.histogram(metrics.DRAFT_DURATION, scraped.meter)
+    assert scraped.values("countersign_pass_duration_seconds_count") == {(): 0}
+    assert "countersign_draft_call_duration" not in scraped.text()
+
+
+def test_a_label_that_is_not_given_is_not_there_and_their_order_does_not_matter(scraped: Scraped) -> None:
+    counter = metrics.counter(metrics.REQUESTS, scraped.meter)
+    counter.add(1, {metrics.FINISH: "refused"})
+    counter.add(1, {metrics.MODEL: "demo", metrics.FINISH: "stop"})
+    counter.add(1, {metrics.FINISH: "stop", metrics.MODEL: "demo"})
+    assert scraped.values("countersign_requests_total") == {
+        (("countersign_finish_reason", "refused"),): 1,
+        (("countersign_finish_reason", "stop"), ("gen_ai_request_model", "demo")): 2,
+    }
+
+
+def test_one_row_is_one_instrument_whoever_counts(scraped: Scraped) -> None:
     for _ in range(3):
-        metrics.tally(metrics.ROUND_ACCEPTED, scraped.provider).record(2)
+        metrics.histogram(metrics.ROUND_ACCEPTED, scraped.meter).record(2)
     assert scraped.values("countersign_round_accepted_count") == {(): 3}
     assert scraped.values("countersign_round_accepted_sum") == {(): 6}
+
+
+@pytest.fixture
+def hectic() -> Iterator[None]:
+    """Threads take turns a thousand times as often."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("hectic")
+def test_a_scrape_amid_records_is_whole(scraped: Scraped) -> None:
+    """No bucket counts more than the next, and the last one counts as many as there are."""
+    histogram, families = metrics.histogram(metrics.PASS_DURATION, scraped.meter), Families(scraped.meter)
+    done = threading.Event()
+
+    def record() -> None:
+        while not done.is_set():
+            histogram.record(0.2)
+
+    with ThreadPoolExecutor(1) as pool:
+        recording = pool.submit(record)
+        try:
+            for _ in range(2000):
+                [family] = families.collect()
+                *buckets, count, _ = [each.value for each in family.samples]
+                assert buckets == sorted(buckets)
+                assert buckets[-1] == count
+        finally:
+            done.set()
+        recording.result()
+
+
+def test_a_series_that_begins_during_a_scrape_waits_for_the_next(scraped: Scraped) -> None:
+    counter = metrics.counter(metrics.REQUESTS, scraped.meter)
+    counter.add(1, {metrics.FINISH: "stop"})
+    found = []
+    for series in scraped.meter.counters[metrics.REQUESTS.name].series.items():
+        counter.add(1, {metrics.FINISH: "length"})
+        found.append(series)
+    assert [labels for labels, _ in found] == [((metrics.FINISH, "stop"),)]
