@@ -24,6 +24,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import SlowConsumerError
 from nats.js import JetStreamContext
+from opentelemetry import trace
 from opentelemetry.trace import TracerProvider
 
 from countersign.services.runtime.call import M, Method, parse_reply
@@ -172,14 +173,19 @@ class Bus:
         if timeout <= 0:
             raise DeadlineExceeded(f"no time is left to call {subject}", reason="EXPIRED_BEFORE_SENDING")
         headers = {DEADLINE_HEADER: str(int((time.time() + timeout) * 1000))}
-        attributes = tracing.rpc_attributes("nats", service, method)
-        tracer = self._tracer if traced else None
-        with tracing.client_span(tracer, f"{service}/{method}", attributes) as span:
-            tracing.inject(headers, span)
+        began_ns = time.time_ns()
+        if traced:
+            tracing.inject(headers, trace.get_current_span())
+        try:
             msg = await self._inbox.request(subject, request.SerializeToString(), headers, timeout)
-            if msg.headers and msg.headers.get(STATUS_HEADER) == STATUS_ERROR:
-                raise _peer_error(msg.data, subject)
-            return parse_reply(reply, msg.data, subject)
+        except CountersignError as error:
+            if traced:
+                about = tracing.rpc_attributes("nats", service, method)
+                tracing.unanswered(self._tracer, f"{service}/{method}", about, began_ns, error)
+            raise
+        if msg.headers and msg.headers.get(STATUS_HEADER) == STATUS_ERROR:
+            raise _peer_error(msg.data, subject)
+        return parse_reply(reply, msg.data, subject)
 
     async def serve(
         self,

@@ -230,7 +230,7 @@ class _Guard:
     def _span(self, context: _Context) -> AbstractContextManager[Span]:
         carrier = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         attributes = tracing.rpc_attributes("grpc", self.service, self.method.name)
-        return tracing.server_span(self.tracer, f"{self.service}/{self.method.name}", attributes, carrier, root=True)
+        return tracing.server_span(self.tracer, f"{self.service}/{self.method.name}", attributes, carrier)
 
 
 async def _drain(requests: AsyncIterator[bytes]) -> None:

@@ -14,8 +14,11 @@ from collector import Collector, Seen, http_collector
 from stacks import Running, start_stack, stop_stack
 
 from countersign.client import Accepted, Client, Finished, Tokens
+from countersign.services.protocol.commit import replay
+from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.errors import NotFound
+from countersign.services.runtime.journal import Journal
 from countersign.services.runtime.registry import Registry
 from countersign.services.runtime.telemetry import attributes as names
 
@@ -83,7 +86,7 @@ async def test_a_failed_audit_brings_the_whole_request_out_of_every_process(hous
 
 async def test_a_take_over_is_kept(house: House) -> None:
     async with Client(house.stack.router) as client:
-        events = client.generate(PROMPT, max_tokens=600, ignore_eos=True, request_id="moved")
+        events = client.generate(PROMPT, max_tokens=1900, ignore_eos=True, request_id="moved")
         killed = False
         async with aclosing(events):
             async for event in events:
@@ -99,18 +102,14 @@ async def test_a_take_over_is_kept(house: House) -> None:
 
 
 async def _kill_target_of(house: House, request_id: str) -> None:
-    """SIGKILL for the target that has requests in hand."""
+    """SIGKILL for the target that works on the request, by its log."""
     bus = await Bus.connect(house.stack.nats, "test")
     registry = Registry(bus)
     await registry.start()
     try:
-        async with asyncio.timeout(10):
-            while True:
-                busy = [target for target in registry.live("target") if target.active_requests]
-                if busy:
-                    os.kill(busy[0].pid, signal.SIGKILL)
-                    return
-                await asyncio.sleep(0.05)
+        log = replay(request_id, await Journal(bus).read(commit_subject(request_id)))
+        (pid,) = [target.pid for target in registry.live("target") if target.instance == log.instance]
+        os.kill(pid, signal.SIGKILL)
     finally:
         await registry.stop()
         await bus.close()

@@ -123,7 +123,7 @@ def test_the_tree_leads_through_every_service(run: Run) -> None:
         found = {(seen.service, seen.name) for seen in trace}
         assert {("target", "prefill"), ("target", "decode"), ("target", "commit"), ("kv", "kv/Reserve")} <= found
     every = Counter((seen.service, seen.name) for trace in run.traces.values() for seen in trace)
-    assert every["target", "kv/Lookup"] == every["kv", "kv/Lookup"] > 0
+    assert every["kv", "kv/Lookup"] > 0
     drafted = [("draft", "draft") in {(seen.service, seen.name) for seen in trace} for _, trace in run.of("drafted")]
     assert any(drafted)
     assert not any(seen.service == "draft" for _, trace in run.of("plain", "refused") for seen in trace)

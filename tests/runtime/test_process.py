@@ -100,6 +100,15 @@ async def test_a_service_answers_on_both_transports_and_leaves_cleanly_on_a_sign
     assert f"INFO kv closed address={instance.address}" in log
 
 
+async def test_what_is_there_when_it_is_ready_is_no_work_for_the_collector(
+    start: Start, bus: Bus, registry: Registry
+) -> None:
+    await start()
+    await serving(await registry.wait_for("kv", 20))
+    reply = await bus.call("kv", "Lookup", LookupRequest(holder="frozen"), LookupResponse, timeout=5)
+    assert reply.found > 50_000
+
+
 async def test_calls_in_hand_are_answered_before_the_process_ends(start: Start, bus: Bus, registry: Registry) -> None:
     started: asyncio.Queue[Msg] = asyncio.Queue()
     await bus.subscribe("test.slow.started", started.put)

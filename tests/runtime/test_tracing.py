@@ -1,3 +1,4 @@
+import time
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
@@ -5,7 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import (
@@ -15,6 +17,7 @@ from opentelemetry.trace import (
     StatusCode,
     TraceFlags,
     TraceState,
+    get_current_span,
     set_span_in_context,
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -22,7 +25,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.call import Call
 from countersign.services.runtime.config import TelemetryConfig
-from countersign.services.runtime.errors import NotFound
+from countersign.services.runtime.errors import NotFound, Unavailable
 from countersign.services.runtime.nats_server import NatsServer
 from countersign.services.runtime.rpc import Channel, RpcServer
 from countersign.services.runtime.telemetry import tracing, wiring
@@ -81,7 +84,8 @@ async def test_a_call_over_grpc_that_calls_over_nats_is_one_trace(
     await answering.close()
 
     outer, inner = by_kind(exporter, "countersign.v1.KvService/Lookup"), by_kind(exporter, "kv/GetStats")
-    chain = [outer[SpanKind.CLIENT], outer[SpanKind.SERVER], inner[SpanKind.CLIENT], inner[SpanKind.SERVER]]
+    assert inner.keys() == {SpanKind.SERVER}
+    chain = [outer[SpanKind.CLIENT], outer[SpanKind.SERVER], inner[SpanKind.SERVER]]
     assert all(is_child(child, parent) for parent, child in pairwise(chain))
     assert len({context.trace_id for span in chain if (context := span.get_span_context())}) == 1
     assert chain[1].attributes == {
@@ -89,7 +93,48 @@ async def test_a_call_over_grpc_that_calls_over_nats_is_one_trace(
         "rpc.service": "countersign.v1.KvService",
         "rpc.method": "Lookup",
     }
-    assert (chain[3].attributes or {})["rpc.system"] == "nats"
+    assert (chain[2].attributes or {})["rpc.system"] == "nats"
+
+
+class _Started(SpanProcessor):
+    """Names of the spans that were begun."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        self.names.append(span.name)
+
+
+async def test_the_span_of_an_answer_over_nats_is_made_when_the_answer_is_out_unless_it_is_asked_for(
+    server: NatsServer, provider: TracerProvider, exporter: InMemorySpanExporter, kv: type
+) -> None:
+    started = _Started()
+    provider.add_span_processor(started)
+    bus = await Bus.connect(server.url, "both", tracer_provider=provider)
+    times: list[int] = []
+
+    async def stats(request: GetStatsRequest, call: Call) -> GetStatsResponse:
+        times.append(time.time_ns())
+        return GetStatsResponse(blocks=started.names.count("kv/GetStats"))
+
+    async def lookup(request: LookupRequest, call: Call) -> LookupResponse:
+        get_current_span().set_attribute("asked", True)
+        get_current_span().add_event("asked")
+        get_current_span().update_name("renamed")
+        return LookupResponse(found=started.names.count("kv/Lookup"))
+
+    await bus.serve("kv", "kv-1", kv(GetStats=stats, Lookup=lookup).unary())
+    with provider.get_tracer("test").start_as_current_span("asked"):
+        assert (await bus.call("kv", "GetStats", GetStatsRequest(), GetStatsResponse, timeout=5)).blocks == 0
+        assert (await bus.call("kv", "Lookup", LookupRequest(), LookupResponse, timeout=5)).found == 1
+    await bus.stop_serving(5)
+    await bus.close()
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    assert (spans["kv/GetStats"].start_time or 0) < times[0] < (spans["kv/GetStats"].end_time or 0)
+    assert (spans["renamed"].attributes or {})["asked"]
+    assert [event.name for event in spans["renamed"].events] == ["asked"]
+    assert is_child(spans["kv/GetStats"], spans["asked"])
 
 
 async def test_what_belongs_to_no_trace_is_not_traced(
@@ -110,7 +155,30 @@ async def test_what_belongs_to_no_trace_is_not_traced(
         assert not exporter.get_finished_spans()
         await asks()
     await bus.close()
-    assert sorted(span.name for span in exporter.get_finished_spans()) == ["asked", "kv/GetStats", "kv/GetStats"]
+    assert sorted(span.name for span in exporter.get_finished_spans()) == ["asked", "kv/GetStats"]
+
+
+async def test_a_call_over_nats_that_nobody_answers_has_a_span_all_the_same(
+    server: NatsServer, provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    bus = await Bus.connect(server.url, "asking", tracer_provider=provider)
+
+    async def asks(*, traced: bool) -> None:
+        with pytest.raises(Unavailable):
+            await bus.call("kv", "GetStats", GetStatsRequest(), GetStatsResponse, timeout=5, traced=traced)
+
+    await asks(traced=True)
+    with provider.get_tracer("test").start_as_current_span("asked"):
+        await asks(traced=False)
+        assert not exporter.get_finished_spans()
+        await asks(traced=True)
+    await bus.close()
+    call, asked = exporter.get_finished_spans()
+    assert (call.name, call.kind, call.status.status_code) == ("kv/GetStats", SpanKind.CLIENT, StatusCode.ERROR)
+    assert (call.attributes or {})["error.type"] == "NO_RESPONDERS"
+    assert is_child(call, asked)
+    times = [asked.start_time, call.start_time, call.end_time, asked.end_time]
+    assert sorted(time or 0 for time in times) == times
 
 
 async def test_a_stream_is_in_the_trace_and_an_error_marks_both_its_spans(
@@ -161,3 +229,21 @@ def test_a_context_is_written_as_the_propagator_writes_it(
     TraceContextTextMapPropagator().inject(theirs, context=set_span_in_context(span))
     assert ours == theirs
     assert tracing.traceparent(span) == theirs.get("traceparent", "")
+
+
+@given(
+    st.one_of(
+        st.from_regex(r"\A(00|01|ff)-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?\Z"),
+        st.tuples(st.sampled_from(["0" * 32, "1" * 32, "A" * 32]), st.sampled_from(["0" * 16, "1" * 16])).map(
+            lambda ids: f"00-{ids[0]}-{ids[1]}-01"
+        ),
+        st.text(max_size=60),
+    ),
+    st.sampled_from(["", "a=1", "a=1,b=2", "="]),
+)
+def test_a_context_is_read_as_the_propagator_reads_it(parent: str, state: str) -> None:
+    carrier = {"traceparent": parent} | ({"tracestate": state} if state else {})
+    ours = get_current_span(tracing.extract(carrier)).get_span_context()
+    theirs = get_current_span(TraceContextTextMapPropagator().extract(carrier, context=Context())).get_span_context()
+    assert ours == theirs
+    assert ours.is_remote == theirs.is_remote

@@ -61,7 +61,7 @@ def _span(span: ReadableSpan) -> bytes:
             b"\x12\x08" + context.span_id.to_bytes(8, "big"),
             _text(3, _state(context)),
             b"\x22\x08" + parent.span_id.to_bytes(8, "big") if parent is not None else b"",
-            _text(5, span.name),
+            _name(5, span.name),
             b"\x30" + _varint(span.kind.value + 1),
             b"\x39" + _FIXED64(span.start_time or 0),
             b"\x41" + _FIXED64(span.end_time or 0),
@@ -71,15 +71,21 @@ def _span(span: ReadableSpan) -> bytes:
             _number(12, span.dropped_events),
             *[_field(13, _link(link)) for link in span.links],
             _number(14, span.dropped_links),
-            _field(15, _text(2, span.status.description or "") + _number(3, span.status.status_code.value)),
+            _status(span.status.status_code.value, span.status.description or ""),
             b"\x85\x01" + _FIXED32(_flags(parent)),
         )
     )
 
 
+@lru_cache(maxsize=256)
+def _status(code: int, description: str) -> bytes:
+    """Descriptions are reasons: there are few."""
+    return _field(15, _text(2, description) + _number(3, code))
+
+
 def _event(event: Event) -> bytes:
-    about = b"\x09" + _FIXED64(event.timestamp) + _text(2, event.name) + _attributes(3, event.attributes)
-    return about + _number(4, event.dropped_attributes)
+    told = _name(2, event.name) + _attributes(3, event.attributes) + _number(4, event.dropped_attributes)
+    return b"\x09" + _FIXED64(event.timestamp) + told
 
 
 def _link(link: Link) -> bytes:
@@ -106,7 +112,41 @@ def _flags(context: SpanContext | None) -> int:
 def _attributes(number: int, attributes: Mapping[str, object] | None) -> bytes:
     if not attributes:
         return b""
-    return b"".join([_field(number, _key(key) + _field(2, _value(value))) for key, value in attributes.items()])
+    out: list[bytes] = []
+    for key, value in attributes.items():
+        if type(value) is float:
+            out += (_double_head(number, key), _DOUBLE(value))
+        elif type(value) is int and -1 < value < _RECURS:
+            out.append(_number_attribute(number, key, value))
+        elif type(value) is str and len(value) < _SHORT_TEXT:
+            out.append(_text_attribute(number, key, value))
+        else:
+            out.append(_attribute(number, key, value))
+    return b"".join(out)
+
+
+def _attribute(number: int, key: str, value: object) -> bytes:
+    return _field(number, _key(key) + _field(2, _value(value)))
+
+
+# What is written again and again: counts of tokens, names of models, reasons and instances. Ids are longer.
+_RECURS, _SHORT_TEXT = 256, 30
+
+
+@lru_cache(maxsize=4096)
+def _number_attribute(number: int, key: str, value: int) -> bytes:
+    return _attribute(number, key, value)
+
+
+@lru_cache(maxsize=1024)
+def _text_attribute(number: int, key: str, value: str) -> bytes:
+    return _attribute(number, key, value)
+
+
+@lru_cache(maxsize=512)
+def _double_head(number: int, key: str) -> bytes:
+    """All of an attribute but the eight bytes of its number."""
+    return _attribute(number, key, 0.0)[:-8]
 
 
 @lru_cache(maxsize=1024)
@@ -134,6 +174,12 @@ def _value(value: object) -> bytes:
     return _text(1, str(value))
 
 
+@lru_cache(maxsize=256)
+def _name(number: int, name: str) -> bytes:
+    """A text that recurs."""
+    return _text(number, name)
+
+
 def _text(number: int, text: str) -> bytes:
     return _field(number, text.encode(errors="replace")) if text else b""
 
@@ -152,6 +198,8 @@ _SHORT = [bytes((value,)) for value in range(128)]
 def _varint(value: int) -> bytes:
     if value < 128:
         return _SHORT[value]
+    if value < 16384:
+        return bytes((value & 127 | 128, value >> 7))
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)

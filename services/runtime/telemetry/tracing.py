@@ -6,16 +6,19 @@ to no trace is not traced: only a gRPC call from outside and `Client.generate` b
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import Context as ContextVars
-from contextvars import copy_context
+from contextvars import Token, copy_context
 from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType, TracebackType
 from typing import TypeVar
 
 from opentelemetry import trace
-from opentelemetry.context import Context, attach
+from opentelemetry.context import Context, attach, detach
 from opentelemetry.trace import (
     INVALID_SPAN,
     NonRecordingSpan,
@@ -24,6 +27,7 @@ from opentelemetry.trace import (
     SpanKind,
     Status,
     StatusCode,
+    TraceFlags,
     Tracer,
     TracerProvider,
 )
@@ -31,11 +35,14 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from countersign.services.runtime.errors import CountersignError
+from countersign.services.runtime.telemetry.late import LateSpan
 
 T = TypeVar("T")
 Attributes = Mapping[str, AttributeValue]
 
 _PROPAGATOR = TraceContextTextMapPropagator()
+# What all of us write. Other versions, and tracestate, are the propagator's.
+_TRACEPARENT = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _NOWHERE = Context()
 
 
@@ -49,95 +56,149 @@ def inject(carrier: MutableMapping[str, str], span: Span) -> None:
     context = span.get_span_context()
     if not context.is_valid:
         return
-    carrier["traceparent"] = traceparent(span)
+    carrier["traceparent"] = _written(context)
     if context.trace_state:
         carrier["tracestate"] = context.trace_state.to_header()
 
 
 def extract(carrier: Mapping[str, str]) -> Context:
     """The caller's context; an empty one when the headers hold none."""
-    return _PROPAGATOR.extract(carrier, context=_NOWHERE) if "traceparent" in carrier else _NOWHERE
+    text = carrier.get("traceparent")
+    if not text:
+        return _NOWHERE
+    if "tracestate" in carrier or (named := _TRACEPARENT.fullmatch(text)) is None:
+        return _PROPAGATOR.extract(carrier, context=_NOWHERE)
+    return parent_of(_named(named)) or _NOWHERE
+
+
+def _named(match: re.Match[str]) -> SpanContext:
+    trace_id, span_id, flags = match.groups()
+    return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16)))
 
 
 def traceparent(span: Span) -> str:
     """The span's context as text; empty when it is in no trace."""
     context = span.get_span_context()
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}" if context.is_valid else ""
+    return _written(context) if context.is_valid else ""
+
+
+def _written(context: SpanContext) -> str:
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
 def context_of(text: str) -> SpanContext | None:
-    """The span that a traceparent names; None when it is empty or names none."""
-    context = trace.get_current_span(extract({"traceparent": text})).get_span_context() if text else None
+    """The span that a traceparent of ours names; None when it is empty or names none."""
+    match = _TRACEPARENT.fullmatch(text)
+    context = None if match is None else _named(match)
     return context if context is not None and context.is_valid else None
 
 
 def parent_of(span: SpanContext | None) -> Context | None:
     """For spans below a span of another process; None where there is none."""
-    return None if span is None or not span.is_valid else trace.set_span_in_context(NonRecordingSpan(span))
+    return None if span is None or not span.is_valid else trace.set_span_in_context(NonRecordingSpan(span), _NOWHERE)
 
 
-def rpc_attributes(system: str, service: str, method: str) -> dict[str, str]:
+@lru_cache(maxsize=256)
+def rpc_attributes(system: str, service: str, method: str) -> Attributes:
     """OpenTelemetry's semantic conventions for RPC; over NATS the subject is ``cs.v1.<service>.<method>``."""
-    return {"rpc.system": system, "rpc.service": service, "rpc.method": method}
+    return MappingProxyType({"rpc.system": system, "rpc.service": service, "rpc.method": method})
 
 
-@contextmanager
-def client_span(source: Tracer | None, name: str, attributes: Attributes) -> Iterator[Span]:
-    """A span of the caller's side, below the current one. It is not made current: a generator may yield within it.
-    None without ``source``.
+def client_span(source: Tracer, name: str, attributes: Attributes) -> Ended:
+    """A span of the caller's side, below the current one; it ends with the block. It is not made current: a generator
+    may yield within it.
     """
-    if source is None or not _in_trace(trace.get_current_span()):
-        yield INVALID_SPAN
-        return
-    span = source.start_span(name, kind=SpanKind.CLIENT, attributes=attributes)
-    with ended(span):
-        yield span
+    if not _in_trace(trace.get_current_span()):
+        return _UNTRACED
+    return Ended(source.start_span(name, kind=SpanKind.CLIENT, attributes=attributes))
 
 
-@contextmanager
-def server_span(
-    source: Tracer, name: str, attributes: Attributes, carrier: Mapping[str, str], *, root: bool = False
-) -> Iterator[Span]:
-    """A span of the answering side, current while the handler runs, a child of the caller's; a call of no trace begins
-    one where ``root``.
+def unanswered(source: Tracer, name: str, attributes: Attributes, began_ns: int, error: CountersignError) -> None:
+    """A span of the caller's side, below the current one, of a call that nobody answered: no other span tells of it."""
+    if _in_trace(trace.get_current_span()):
+        span = source.start_span(name, kind=SpanKind.CLIENT, attributes=attributes, start_time=began_ns)
+        record_error(span, error)
+        span.end()
+
+
+def server_span(source: Tracer, name: str, attributes: Attributes, carrier: Mapping[str, str]) -> Ended:
+    """A span of the answering side, current within the block, a child of the caller's; a call of no trace begins
+    one.
     """
-    context = extract(carrier)
-    if not (root or _in_trace(trace.get_current_span(context))):
-        yield INVALID_SPAN
-        return
-    span = source.start_span(name, context=context, kind=SpanKind.SERVER, attributes=attributes)
-    with ended(span), current(span):
-        yield span
+    return Current(source.start_span(name, extract(carrier), SpanKind.SERVER, attributes))
 
 
-@contextmanager
-def step(source: Tracer, name: str, parent: Context | None, attributes: Attributes | None = None) -> Iterator[Span]:
+def late_server_span(source: Tracer, name: str, attributes: Attributes, carrier: Mapping[str, str]) -> Ended:
+    """The same, made when it ends if nobody asks for it before, so that an answer need not wait for it; of a call of no
+    trace there is none.
+    """
+    if "traceparent" not in carrier:
+        return _UNTRACED
+    began = time.time_ns()
+
+    def make() -> Span:
+        context = extract(carrier)
+        if context is _NOWHERE:
+            return INVALID_SPAN
+        return source.start_span(name, context, SpanKind.SERVER, attributes, start_time=began)
+
+    return Current(LateSpan(make))
+
+
+def step(source: Tracer, name: str, parent: Context | None, attributes: Attributes | None = None) -> Ended:
     """A span of work within this process, current while it lasts. Without ``parent`` there is none."""
     if parent is None:
-        yield INVALID_SPAN
-        return
-    span = source.start_span(name, context=parent, attributes=attributes)
-    with ended(span), current(span):
-        yield span
+        return _UNTRACED
+    return Current(source.start_span(name, context=parent, attributes=attributes))
 
 
-@contextmanager
-def ended(span: Span) -> Iterator[None]:
-    """Ends the span, as failed if a CountersignError comes through."""
-    try:
-        yield
-    except CountersignError as error:
-        record_error(span, error)
-        raise
-    finally:
-        span.end()
+class Ended:
+    """A block with whose end the span ends, as failed if a CountersignError comes through."""
+
+    __slots__ = ("span",)
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+
+    def __enter__(self) -> Span:
+        return self.span
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, CountersignError):
+            record_error(self.span, error)
+        self.span.end()
+
+
+class Current(Ended):
+    """The same; what is done within belongs to the span."""
+
+    __slots__ = ("_token",)
+    _token: Token[Context]
+
+    def __enter__(self) -> Span:
+        self._token = attach(trace.set_span_in_context(self.span))
+        return self.span
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        detach(self._token)
+        super().__exit__(kind, error, traceback)
+
+
+_UNTRACED = Ended(INVALID_SPAN)
 
 
 @contextmanager
 def current(span: Span) -> Iterator[None]:
     """What is done within belongs to ``span``, which this does not end."""
-    with trace.use_span(span, record_exception=False, set_status_on_exception=False):
+    token = attach(trace.set_span_in_context(span))
+    try:
         yield
+    finally:
+        detach(token)
 
 
 def task_context(span: Span) -> ContextVars:
