@@ -52,7 +52,7 @@ from countersign.v1.sampling_pb2 import FINISH_REASON_LENGTH, Drafting, Sampling
 from countersign.v1.sidecar_pb2 import Violation
 
 PLANTED = Path(__file__).resolve().parents[1] / "tests" / "support" / "planted.py"
-TURNS = 6
+TURNS = 20
 SETTLE_S = 1.0
 PROMPT = "class Stack:\n    def push(self, item):\n"
 

@@ -2,7 +2,7 @@
 
 It reads the records that the stream republishes and the events that the parties announce; what it misses of a log it
 reads from the stream. What no action of the specification explains is logged as an error, counted, published on
-``cs.v1.event.violation``, and the request's run stored as evidence.
+``cs.v1.event.violation``, told in the request's trace, and the request's run stored as evidence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from countersign.services.runtime.announcer import EVENTS
 from countersign.services.runtime.clock import wall_ms
 from countersign.services.runtime.errors import CountersignError, NotFound
 from countersign.services.runtime.service import Call, Context
-from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.telemetry import metrics, tracing
+from countersign.services.sidecar.tracing import violated
 from countersign.services.sidecar.watch import MOST_FAULTS, Watch, Watched
 from countersign.v1 import sidecar_pb2
 from countersign.v1.event_pb2 import ProtocolEvents
@@ -64,6 +65,7 @@ class SidecarService:
         self._violations: deque[Violation] = deque(maxlen=MOST_FAULTS)
         self._violation_count = 0
         self._dropped = 0
+        self._tracer = tracing.tracer()
         self._counter = metrics.counter(metrics.VIOLATIONS)
 
     @property
@@ -91,7 +93,7 @@ class SidecarService:
         """Nothing is held."""
 
     def describe(self, instance: Instance) -> None:
-        instance.active_requests = sum(watched.closed_at is None for watched in self._watch.all())
+        instance.active_requests = sum(watched.closed_at is None for watched in self._watch.restless())
 
     async def Status(self, request: StatusRequest, call: Call) -> StatusResponse:
         return StatusResponse(
@@ -211,6 +213,7 @@ class SidecarService:
             self._violations.append(violation)
             self._violation_count += 1
             self._counter.add(1, {metrics.PROPERTY: fault.property})
+            violated(self._tracer, watched.monitor.log, violation)
             about = {"request_id": violation.request_id, "property": violation.property, "evidence": evidence}
             self._log.error("the protocol is violated", extra=about | {"what": violation.what})
             try:

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from collector import children, collector, roots
+from opentelemetry.trace import StatusCode
 
 from countersign.client import Answer, Client, Tokens
 from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.config import FREE_PORTS, load
 from countersign.services.runtime.errors import DataLoss, NotFound
 from countersign.services.runtime.supervisor import SERVICES, Supervisor, service_command
+from countersign.services.runtime.telemetry import attributes as names
 from countersign.v1.sidecar_pb2 import GetRunRequest, GetRunResponse, StatusRequest, StatusResponse, Violation
 from countersign.verify.spec.run import Run, read_run
 from countersign.verify.spec.trace import replay
@@ -109,6 +112,25 @@ async def test_a_bug_that_was_planted_is_reported_with_evidence_that_the_specifi
     assert "nothing explains" in verdict.first
 
 
+async def test_a_violation_is_in_the_trace_of_its_request_which_is_kept(tmp_path: Path) -> None:
+    with collector() as found:
+        settings = (f"telemetry.otlp_endpoint={found.endpoint}", "telemetry.sample=0")
+        async with stack(tmp_path / "data", *settings, planted=("target", "commits_another_token")) as running:
+            await answer(running, "planted")
+            violation = await asyncio.to_thread(found.awaits, "violation")
+            traces = await asyncio.to_thread(found.settled)
+    (trace,) = traces.values()
+    assert (violation.service, violation.span.status.code) == ("sidecar", StatusCode.ERROR.value)
+    assert violation.attributes[names.REQUEST_ID] == "planted"
+    assert violation.attributes["countersign.property"] == "OnlyVerified"
+    assert "no target said it had sampled" in violation.attributes[names.VIOLATION]
+    (root,) = roots(trace)
+    assert violation in children(trace, root)
+    # Nothing else went wrong: for its sake alone all that was held comes out.
+    assert [seen.name for seen in trace if seen.span.status.code == StatusCode.ERROR.value] == ["violation"]
+    assert {"admit", "place", "stream", "answer", "decode", "tokenizer/Encode"} <= {seen.name for seen in trace}
+
+
 async def test_a_sidecar_that_starts_in_the_middle_of_an_answer_raises_no_false_alarm(tmp_path: Path) -> None:
     async with stack(tmp_path / "data") as running, Client(running.router_address) as client:
         first = running.pid("sidecar") or 0
@@ -121,7 +143,7 @@ async def test_a_sidecar_that_starts_in_the_middle_of_an_answer_raises_no_false_
             while running.pid("sidecar") in {None, first} or not running.address("sidecar"):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         await answer(running, "after")
-        await asyncio.sleep(1)  # as long as a fault may take to be told
+        await asyncio.sleep(2)  # as long as a fault may take to be told
         seen = await violations(running, bus)
         assert seen.requests >= 1
         assert list(seen.violations) == []

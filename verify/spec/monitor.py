@@ -50,12 +50,11 @@ class _Session:
     receipts: set[bool] = field(default_factory=set)  # cancelled or not
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Unexplained:
     since: float
-    fault: Fault
-    closed: Closed | None = None
-    extended: Extended | None = None
+    sequence: int
+    payload: Extended | Closed
 
 
 class Monitor:
@@ -63,7 +62,8 @@ class Monitor:
 
     def __init__(self, request_id: str) -> None:
         self.log = LogState(request_id)
-        self._ends: list[tuple[int, int]] = [(0, 0)]  # (sequence, tokens up to it)
+        # Of each record its sequence, and the number of tokens up to it.
+        self._places, self._lengths = [0], [0]
         self._cancelled_at = 0
         self._closed_at = 0
         self._numbers: dict[str, int] = {}
@@ -96,19 +96,17 @@ class Monitor:
         except errors.LogError as error:
             return [Fault(PROPERTY_OF.get(type(error), "Lawful"), f"record {sequence} may not stand there: {error}")]
         self.log = after
-        self._ends.append((sequence, len(after.tokens)))
-        match payload:
-            case Extended():
-                fault = Fault("OnlyVerified", f"record {sequence} commits tokens that no target said it had sampled")
-                self._unexplained.append(_Unexplained(now, fault, extended=payload))
-            case Closed():
-                self._closed_at = sequence
-                if payload.receipt_sha256:
-                    fault = Fault("OneReceipt", f"record {sequence} names a receipt that was not made over this log")
-                    self._unexplained.append(_Unexplained(now, fault, closed=payload))
+        self._places.append(sequence)
+        self._lengths.append(len(after.tokens))
         if after.cancelled is not None and not self._cancelled_at:
             self._cancelled_at = sequence
-        return self._look_again()
+        if isinstance(payload, Closed):
+            self._closed_at = sequence
+        if isinstance(payload, Extended) or (isinstance(payload, Closed) and payload.receipt_sha256):
+            self._unexplained.append(_Unexplained(now, sequence, payload))
+        faults = self._late()
+        self._explain()
+        return faults
 
     def broken(self, error: errors.BrokenChain) -> Fault:
         """The log itself, read anew, does not hang together."""
@@ -116,18 +114,28 @@ class Monitor:
 
     def event(self, event: ProtocolEvent) -> list[Fault]:
         """What a party says."""
-        self._early.setdefault(event.party, {})[event.number] = event
-        return self._look_again()
+        party, waits = event.party, event.known > self.log.sequence
+        if waits or event.number != self._numbers.get(party, 0) + 1:
+            self._early.setdefault(party, {})[event.number] = event
+            return []
+        faults = list(self._take(event))
+        if party in self._early:
+            faults += self._late()
+        self._explain()
+        return faults
 
     def overdue(self, now: float, patience: float) -> list[Fault]:
         """What still waits after so many seconds. Each is told once."""
         late = [one for one in self._unexplained if now - one.since > patience]
         self._unexplained = [one for one in self._unexplained if now - one.since <= patience]
-        return [one.fault for one in late]
+        return [_fault(one) for one in late]
 
-    def _look_again(self) -> list[Fault]:
+    def _late(self) -> list[Fault]:
+        """Take in what came before its turn, as far as it has it now."""
+        if not self._early:
+            return []
         faults = [fault for event in self._ready() for fault in self._take(event)]
-        self._unexplained = [one for one in self._unexplained if not self._explained(one)]
+        self._early = {party: waiting for party, waiting in self._early.items() if waiting}
         return faults
 
     def _ready(self) -> Iterator[ProtocolEvent]:
@@ -135,19 +143,22 @@ class Monitor:
         for party, waiting in self._early.items():
             while (event := waiting.get(self._numbers.get(party, 0) + 1)) and event.known <= self.log.sequence:
                 del waiting[event.number]
-                self._numbers[party] = event.number
                 yield event
 
+    def _explain(self) -> None:
+        if self._unexplained:
+            self._unexplained = [one for one in self._unexplained if not self._explained(one.payload)]
+
     def _take(self, event: ProtocolEvent) -> Iterator[Fault]:
-        kind = event.WhichOneof("event")
-        before = self._known.get(event.party, 0)
-        if (kind in _FIRST) != (event.number == 1) or event.known < before:
+        kind, party, number, known = event.WhichOneof("event"), event.party, event.number, event.known
+        before = self._known.get(party, 0)
+        if (kind in _FIRST) != (number == 1) or known < before:
             # What it says from here on cannot be understood.
-            self._numbers[event.party] = 0
-            self._early[event.party].clear()
-            yield Fault("Lawful", f"{event.party} says {kind} as its event {event.number}, having read {before}")
+            self._numbers[party] = 0
+            self._early.get(party, {}).clear()
+            yield Fault("Lawful", f"{party} says {kind} as its event {number}, having read {before}")
             return
-        self._known[event.party] = event.known
+        self._numbers[party], self._known[party] = number, known
         match kind:
             case "started":
                 self._sessions[event.party] = _Session(event.started.epoch, self._tokens(event.known))
@@ -198,14 +209,12 @@ class Monitor:
             yield Fault("Agreement", f"{event.party} sent tokens {sent.position} to {end} that are not committed so")
         self._streams[event.party] = end
 
-    def _explained(self, one: _Unexplained) -> bool:
+    def _explained(self, payload: Extended | Closed) -> bool:
         """Whether by now an event goes with the record."""
-        if one.extended is not None:
-            return self._sampled_by_some(one.extended)
-        if one.closed is None:
-            return True
-        made = self._receipts.get(one.closed.receipt_sha256)
-        cancelled = one.closed.reason == FINISH_REASON_CANCELLED
+        if isinstance(payload, Extended):
+            return self._sampled_by_some(payload)
+        made = self._receipts.get(payload.receipt_sha256)
+        cancelled = payload.reason == FINISH_REASON_CANCELLED
         return made is not None and made.tokens == len(self.log.tokens) and made.cancelled == cancelled
 
     def _sampled_by_some(self, extended: Extended) -> bool:
@@ -223,4 +232,10 @@ class Monitor:
 
     def _tokens(self, known: int) -> int:
         """How many tokens the log held up to that sequence."""
-        return self._ends[bisect_right(self._ends, (known, 1 << 62)) - 1][1]
+        return self._lengths[bisect_right(self._places, known) - 1]
+
+
+def _fault(one: _Unexplained) -> Fault:
+    if isinstance(one.payload, Extended):
+        return Fault("OnlyVerified", f"record {one.sequence} commits tokens that no target said it had sampled")
+    return Fault("OneReceipt", f"record {one.sequence} names a receipt that was not made over this log")
