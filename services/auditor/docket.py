@@ -18,7 +18,7 @@ from countersign.services.auditor.case import Case, Disclosed, Missed, NotYet, c
 from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Audit, Ledger
 from countersign.services.auditor.metering import AuditMeter
-from countersign.services.auditor.tracing import request_span
+from countersign.services.auditor.tracing import request_traceparent
 from countersign.services.protocol.commit import Entry
 from countersign.services.protocol.subjects import commit_subject
 from countersign.services.runtime.errors import CountersignError, DataLoss, ResourceExhausted
@@ -134,7 +134,7 @@ class Docket:
     async def _audited(self, drawn: _Drawn, case: Disclosed | Missed) -> list[Finding]:
         """The audit itself, in the trace of the request."""
         told: dict[str, str | int] = {names.REQUEST_ID: drawn.request_id, names.VERDICT_INDEX: drawn.audit.index}
-        with tracing.step(self._tracer, "audit", tracing.parent_of(request_span(drawn.receipt)), told) as span:
+        with tracing.step(self._tracer, "audit", request_traceparent(drawn.receipt), told) as span:
             began = time.monotonic()
             findings = await self._levels(drawn, case)
             self._meter.audited(time.monotonic() - began)

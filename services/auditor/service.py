@@ -15,7 +15,6 @@ from functools import partial
 from typing import TypeVar
 
 from google.protobuf.descriptor import ServiceDescriptor
-from opentelemetry import trace
 
 from countersign.services.auditor.case import Disclosed
 from countersign.services.auditor.cosigning import Cosigners, add_checkpoint
@@ -30,7 +29,7 @@ from countersign.services.auditor.notary import Notary, stated
 from countersign.services.auditor.outbox import Outbox
 from countersign.services.auditor.peers import NOBODY, Others
 from countersign.services.auditor.proofs import Proofs
-from countersign.services.auditor.tracing import request_span
+from countersign.services.auditor.tracing import request_traceparent
 from countersign.services.auditor.web import LogSite
 from countersign.services.auditor.wire import digest_of, entry_of, fitting, level_of, page_of, response_of
 from countersign.services.auditor.witness import Witness
@@ -47,7 +46,8 @@ from countersign.services.runtime.errors import (
 )
 from countersign.services.runtime.journal import RECEIPTS
 from countersign.services.runtime.service import Call, Context
-from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.telemetry import metrics, tracing
+from countersign.services.runtime.telemetry.context import current_span
 from countersign.services.runtime.waiting import happened
 from countersign.v1 import auditor_pb2
 from countersign.v1.auditor_pb2 import (
@@ -195,8 +195,8 @@ class AuditorService:
     async def Audit(self, request: AuditRequest, call: Call) -> AuditResponse:
         """Raises InvalidArgument for an unknown level, FailedPrecondition when the trusted key's file is unusable."""
         levels = [level_of(number) for number in request.levels]
-        if (asked := request_span(request.receipt)) is not None:
-            trace.get_current_span().add_link(asked)
+        if (asked := tracing.context_of(request_traceparent(request.receipt))) is not None:
+            current_span().add_link(asked)
         return response_of(await self._examiner.audit(Disclosed(request.receipt), levels))
 
     async def GetLog(self, request: GetLogRequest, call: Call) -> GetLogResponse:

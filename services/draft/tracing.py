@@ -36,12 +36,11 @@ class DraftSpans:
     def asked(self, sequences: Sequence[DraftSequence]) -> None:
         """Those that come with a context begin."""
         for sequence in sequences:
-            parent = tracing.parent_of(tracing.context_of(sequence.traceparent))
-            if parent is None:
+            if not sequence.traceparent:
                 continue
             self.ended(sequence.request_id)
-            told = {names.REQUEST_ID: sequence.request_id}
-            self._open[sequence.request_id] = _Drafted(self._tracer.start_span("draft", parent, attributes=told))
+            span = tracing.begin(self._tracer, "draft", sequence.traceparent, {names.REQUEST_ID: sequence.request_id})
+            self._open[sequence.request_id] = _Drafted(span)
             if len(self._open) > MOST:
                 self.ended(next(iter(self._open)))
 

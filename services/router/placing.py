@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Literal
 
-from opentelemetry import trace
-
 from countersign.services.protocol.commit import LogState
 from countersign.services.protocol.custody import Custody, Verdict
 from countersign.services.protocol.driver import settle
@@ -30,6 +28,7 @@ from countersign.services.runtime.errors import (
 from countersign.services.runtime.service import Context
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.telemetry.context import current_span
 from countersign.v1.sampling_pb2 import FinishReason
 from countersign.v1.target_pb2 import StartRequest, StartResponse
 
@@ -112,7 +111,7 @@ class Placer:
     async def _move(self, custody: Custody, log: LogState, now: int) -> None:
         refusal = await self._assign(Opener(log), {log.instance})
         custody.moved(now, placed=refusal is None)
-        span = trace.get_current_span()
+        span = current_span()
         if span.is_recording():
             span.add_event("takeover", {names.INSTANCE: log.instance, names.EPOCH: log.epoch})
             span.set_attribute(names.KEEP, True)

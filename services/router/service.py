@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
 from google.protobuf.descriptor import ServiceDescriptor
-from opentelemetry import trace
 
 from countersign import __version__
 from countersign.services.protocol.commit import LogState, decode, replay
@@ -43,8 +42,10 @@ from countersign.services.runtime.journal import Entry
 from countersign.services.runtime.service import Call, Context
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import metrics, tracing
-from countersign.services.runtime.telemetry.context import bind_request, request_context
+from countersign.services.runtime.telemetry.context import bind_request, current_span, request_context
 from countersign.services.runtime.telemetry.generation import GenerationSpan
+from countersign.services.runtime.telemetry.phases import Phases
+from countersign.services.runtime.telemetry.traceparent import traceparent
 from countersign.v1 import router_pb2
 from countersign.v1.commit_pb2 import Closed, Opened
 from countersign.v1.registry_pb2 import Instance
@@ -158,12 +159,12 @@ class RouterService:
         bind_request(request_id)
         finished = False
         opened = False
-        span = trace.get_current_span()  # of this call
+        span = current_span()  # of this call
         generation = GenerationSpan(span, request, content=self._content)
-        phases = tracing.Phases(self._tracer, span)
+        phases = Phases(self._tracer, span)
         try:
             with phases.step("admit"):
-                opener = await self._open(request_id, request, tracing.traceparent(span))
+                opener = await self._open(request_id, request, traceparent(span))
             opened = True
             with phases.step("place"):
                 await self._placer.place(opener)
@@ -366,7 +367,7 @@ class RouterService:
 
 def _belongs_to(log: LogState) -> None:
     """This call's span names the request, and links to its trace."""
-    span = trace.get_current_span()
+    span = current_span()
     asked = tracing.context_of(log.opened.traceparent) if log.opened is not None else None
     span.set_attribute(names.REQUEST_ID, log.request_id)
     if asked is not None:

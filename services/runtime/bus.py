@@ -24,7 +24,6 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import SlowConsumerError
 from nats.js import JetStreamContext
-from opentelemetry import trace
 from opentelemetry.trace import TracerProvider
 
 from countersign.services.runtime.call import M, Method, parse_reply
@@ -38,6 +37,7 @@ from countersign.services.runtime.errors import (
 )
 from countersign.services.runtime.inbox import Inbox
 from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry.context import current_span
 
 _log = logging.getLogger(__name__)
 _RECONNECT_WAIT_S = 0.25
@@ -175,7 +175,7 @@ class Bus:
         headers = {DEADLINE_HEADER: str(int((time.time() + timeout) * 1000))}
         began_ns = time.time_ns()
         if traced:
-            tracing.inject(headers, trace.get_current_span())
+            tracing.inject(headers, current_span())
         try:
             msg = await self._inbox.request(subject, request.SerializeToString(), headers, timeout)
         except CountersignError as error:

@@ -79,7 +79,7 @@ class Dispatcher:
     async def _run(self, msg: Msg, method: Method) -> None:
         headers = msg.headers or {}
         attributes = tracing.rpc_attributes("nats", self._service, method.name)
-        with tracing.late_server_span(self._tracer, f"{self._service}/{method.name}", attributes, headers) as span:
+        with tracing.inner_server_span(self._tracer, f"{self._service}/{method.name}", attributes, headers) as span:
             try:
                 data = await self._result(msg, method, headers)
             except CountersignError as error:
@@ -93,7 +93,7 @@ class Dispatcher:
                 await self._fail(msg, span, Internal(f"{self._service}.{method.name} failed: a bug, see its log"))
             else:
                 await self._answer(msg, data)
-                await asyncio.sleep(0)  # the answer goes out, and then its span is made
+                await asyncio.sleep(0)  # the answer goes out, and then its span ends
 
     async def _result(self, msg: Msg, method: Method, headers: Mapping[str, str]) -> bytes:
         call = Call(deadline_unix_ms(headers), "nats")

@@ -16,6 +16,7 @@ from opentelemetry.trace import TracerProvider
 from countersign.services.runtime.call import M, parse_reply
 from countersign.services.runtime.errors import CountersignError, DeadlineExceeded, Unavailable
 from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry.tracing import Lasted
 
 _MAX_MESSAGE_BYTES = 64 << 20
 _OPTIONS = (
@@ -73,9 +74,10 @@ class Channel:
         request: Message,
         reply_type: type[M],
         timeout: float,  # noqa: ASYNC109  travels as the deadline
+        lasted: Lasted | None = None,
     ) -> AsyncGenerator[M]:
         """One request, many replies. Closing the generator cancels the call."""
-        with self._calling(method_path, timeout) as headers:
+        with self._calling(method_path, timeout, lasted) as headers:
             stub: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(method_path)
             call = stub(request.SerializeToString(), timeout=timeout, metadata=headers)
             try:
@@ -114,10 +116,10 @@ class Channel:
         await self.close()
 
     @contextmanager
-    def _calling(self, method_path: str, timeout: float) -> Iterator[_Headers]:
+    def _calling(self, method_path: str, timeout: float, lasted: Lasted | None = None) -> Iterator[_Headers]:
         service, _, method = method_path.strip("/").partition("/")
         attributes = {**tracing.rpc_attributes("grpc", service, method), "server.address": self._address}
-        with tracing.client_span(self._tracer, f"{service}/{method}", attributes) as span:
+        with tracing.client_span(self._tracer, f"{service}/{method}", attributes, lasted) as span:
             if timeout <= 0:
                 text = f"no time is left to call {method_path}"
                 raise DeadlineExceeded(text, reason="EXPIRED_BEFORE_SENDING")

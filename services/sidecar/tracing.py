@@ -12,11 +12,11 @@ from countersign.v1.sidecar_pb2 import Violation
 
 def violated(tracer: Tracer, log: LogState, violation: Violation) -> None:
     """A failed span below the request's, which so keeps its trace. None where the log does not say which that is."""
-    parent = tracing.parent_of(tracing.context_of(log.opened.traceparent)) if log.opened is not None else None
+    above = log.opened.traceparent if log.opened is not None else ""
     told = {
         names.REQUEST_ID: violation.request_id,
         metrics.PROPERTY: violation.property,
         names.VIOLATION: violation.what,
     }
-    with tracing.step(tracer, "violation", parent, told) as span:
+    with tracing.step(tracer, "violation", above, told) as span:
         tracing.fail(span, violation.property)

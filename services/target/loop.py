@@ -16,7 +16,7 @@ from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.runtime.announcer import NOBODY, Announcer
 from countersign.services.runtime.background import Background
 from countersign.services.runtime.errors import DeadlineExceeded, Internal
-from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry.context import span_context
 from countersign.services.runtime.waiting import happened
 from countersign.services.target.committer import Committer
 from countersign.services.target.drafts import Drafts
@@ -297,7 +297,7 @@ class TargetLoop:
                 return
             held = generation.sequence.length // PAGE_TOKENS
             keys = self._keys(generation.tenant, generation.tokens[:-1])
-            with tracing.current(job.span):
+            with span_context(job.span):
                 blocks = await prefixes.fetch(generation.id, keys, held)
             async with self._pages:
                 await self._in_thread(self._engine.load, generation, blocks)

@@ -8,11 +8,10 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from opentelemetry import trace
-
 from countersign.services.engine.generation import Generation
 from countersign.services.engine.pages import PAGE_TOKENS
 from countersign.services.runtime.errors import CountersignError, Internal, Unavailable
+from countersign.services.runtime.telemetry.context import current_span
 
 # Chunks whose blocks may be on their way to the store while the next is computed.
 MAX_CHUNKS = 2
@@ -59,7 +58,7 @@ class PrefillJob:
         self.generation = generation
         self.loading = False
         self.offered = self.found = 0
-        self.span = trace.get_current_span()  # of the call that asks for it
+        self.span = current_span()  # of the call that asks for it
         self._layers = layers
         self._parts: asyncio.Queue[_Part] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()

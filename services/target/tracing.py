@@ -10,6 +10,9 @@ from countersign.services.protocol.writer import Writer
 from countersign.services.runtime.reasons import finish_name
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry.context import task_context
+from countersign.services.runtime.telemetry.phases import Phases
+from countersign.services.runtime.telemetry.traceparent import traceparent
 from countersign.services.target.passes import Pass
 from countersign.v1.commit_pb2 import Closed, Opened
 from countersign.v1.sampling_pb2 import Drafting, FinishReason
@@ -24,7 +27,7 @@ class AnswerTrace:
         self.span: Span = INVALID_SPAN
         if tracer is not None and writer is not None and writer.log.opened is not None:
             self.span = _begun(tracer, writer, writer.log.opened, instance)
-        self._phases = tracing.Phases(tracer or NoOpTracer(), self.span)
+        self._phases = Phases(tracer or NoOpTracer(), self.span)
         self._phases.begin(QUEUE)
         self._rounds = self._drafted = self._accepted = 0
         self._waited = self._longest = 0.0
@@ -32,11 +35,11 @@ class AnswerTrace:
     @property
     def traceparent(self) -> str:
         """The context of ``answer``, for other services; empty where nothing is traced."""
-        return tracing.traceparent(self.span)
+        return traceparent(self.span)
 
     def context(self) -> Context:
         """For a task of this request."""
-        return tracing.task_context(self.span)
+        return task_context(self.span)
 
     def enters(self, phase: str) -> None:
         """What was before is over."""
@@ -100,8 +103,7 @@ class AnswerTrace:
 
 
 def _begun(tracer: Tracer, writer: Writer, opened: Opened, instance: str) -> Span:
-    parent = tracing.parent_of(tracing.context_of(opened.traceparent))
-    if parent is None:
+    if not opened.traceparent:
         return INVALID_SPAN
     told: dict[str, str | int] = {
         names.REQUEST_ID: writer.log.request_id,
@@ -111,4 +113,4 @@ def _begun(tracer: Tracer, writer: Writer, opened: Opened, instance: str) -> Spa
     }
     if writer.epoch > 1:
         told[names.KEEP] = True  # it was taken over
-    return tracer.start_span("answer", context=parent, attributes=told)
+    return tracing.begin(tracer, "answer", opened.traceparent, told)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from itertools import count
@@ -44,6 +45,7 @@ from countersign.services.runtime.rpc import Channel
 from countersign.services.runtime.telemetry import attributes as names
 from countersign.services.runtime.telemetry import tracing
 from countersign.services.runtime.telemetry.generation import GenerationSpan, span_name
+from countersign.services.runtime.telemetry.tracing import Lasted
 from countersign.v1 import router_pb2, sampling_pb2
 
 __all__ = [
@@ -199,8 +201,9 @@ class Client:
         else:
             request.token_ids.ids.extend(wire.unsigned("prompt", token, 32) for token in prompt)
         method, limit = f"{_SERVICE}/Generate", STREAM_TIMEOUT_S if timeout is None else timeout + RECEIPT_GRACE_S
-        stream = self._channel.stream(method, request, router_pb2.GenerateResponse, timeout=limit)
-        return self._generated(request, stream, _Progress(seed), goes_on=on_disconnect == "continue")
+        progress = _Progress(seed)
+        stream = self._channel.stream(method, request, router_pb2.GenerateResponse, limit, progress.lasted)
+        return self._generated(request, stream, progress, goes_on=on_disconnect == "continue")
 
     def resume(self, request_id: str, position: int = 0) -> AsyncGenerator[Event, None]:
         """The events of a request that exists, from output token ``position`` on. A broken connection is resumed.
@@ -283,9 +286,11 @@ class Client:
         reply = await self._channel.unary(f"{_SERVICE}/GetInfo", request, router_pb2.GetInfoResponse, UNARY_TIMEOUT_S)
         return info_from_wire(reply)
 
-    def _resume(self, request_id: str, position: int) -> AsyncGenerator[router_pb2.ResumeResponse, None]:
+    def _resume(
+        self, request_id: str, position: int, lasted: Lasted | None = None
+    ) -> AsyncGenerator[router_pb2.ResumeResponse, None]:
         request = router_pb2.ResumeRequest(request_id=request_id, position=position)
-        return self._channel.stream(f"{_SERVICE}/Resume", request, router_pb2.ResumeResponse, STREAM_TIMEOUT_S)
+        return self._channel.stream(f"{_SERVICE}/Resume", request, router_pb2.ResumeResponse, STREAM_TIMEOUT_S, lasted)
 
     async def _generated(
         self, request: router_pb2.GenerateRequest, stream: _Stream, progress: _Progress, goes_on: bool
@@ -295,9 +300,10 @@ class Client:
         told: dict[str, str | int] = {names.SERVER_ADDRESS: host}
         if port.isdigit():
             told[names.SERVER_PORT] = int(port)
-        span = self._tracer.start_span(span_name(request.model), kind=SpanKind.CLIENT, attributes=told)
+        progress.lasted.began_ns = began_ns = time.time_ns()
+        span = self._tracer.start_span(span_name(request.model), None, SpanKind.CLIENT, told, start_time=began_ns)
         progress.span = GenerationSpan(span, request)
-        with tracing.Ended(span):
+        with tracing.EndedWithCalls(span, progress.lasted):
             try:
                 async with aclosing(self._answer(stream, progress, goes_on, span)) as events:
                     async for event in events:
@@ -327,7 +333,7 @@ class Client:
             else:
                 return
             await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
-            stream = self._resume(progress.request_id, progress.position)
+            stream = self._resume(progress.request_id, progress.position, progress.lasted)
 
 
 class _Progress:
@@ -339,6 +345,7 @@ class _Progress:
         self.request_id = request_id
         self.position = position
         self.span: GenerationSpan | None = None
+        self.lasted = Lasted()
         self._finished = False
 
     def take(self, message: router_pb2.StreamEvent) -> Iterator[Event]:

@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext
 
 from countersign.services.runtime.telemetry import lines
-from countersign.services.runtime.telemetry.context import bind_request, current_request, request_context, request_of
+from countersign.services.runtime.telemetry.context import (
+    bind_request,
+    current_request,
+    request_context,
+    request_of,
+    span_context,
+)
 from countersign.services.runtime.telemetry.logs import make_handler
 from countersign.v1.kv_pb2 import LookupRequest
 from countersign.v1.target_pb2 import StartRequest
@@ -103,7 +108,7 @@ def test_levels_are_coloured_on_a_terminal_only_and_not_with_no_color(
 
 def test_a_record_names_the_request_and_the_span_that_it_was_made_in(log: Log) -> None:
     logger, stream = log()
-    with request_context("r1"), trace.use_span(NonRecordingSpan(CONTEXT)):
+    with request_context("r1"), span_context(NonRecordingSpan(CONTEXT)):
         logger.info("put")
         logger.info("put", extra={"request_id": "another"})
     first, second = map(json.loads, stream.getvalue().splitlines())

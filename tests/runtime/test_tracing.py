@@ -1,15 +1,19 @@
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import (
     NonRecordingSpan,
     SpanContext,
@@ -29,6 +33,11 @@ from countersign.services.runtime.errors import NotFound, Unavailable
 from countersign.services.runtime.nats_server import NatsServer
 from countersign.services.runtime.rpc import Channel, RpcServer
 from countersign.services.runtime.telemetry import tracing, wiring
+from countersign.services.runtime.telemetry.context import current_span, span_context
+from countersign.services.runtime.telemetry.late import LateSpan
+from countersign.services.runtime.telemetry.phases import Phases
+from countersign.services.runtime.telemetry.recording import RecordedSpan, RecordingProvider
+from countersign.services.runtime.telemetry.traceparent import RemoteSpan, is_sampled, numbers, traceparent
 from countersign.v1.kv_pb2 import (
     GetRequest,
     GetResponse,
@@ -58,6 +67,15 @@ def by_kind(exporter: InMemorySpanExporter, name: str) -> dict[SpanKind, Readabl
 def is_child(child: ReadableSpan, parent: ReadableSpan) -> bool:
     context = parent.get_span_context()
     return child.parent is not None and context is not None and child.parent.span_id == context.span_id
+
+
+@contextmanager
+def asked(provider: TracerProvider) -> Iterator[None]:
+    """A span of this process, as a service would have one."""
+    span = provider.get_tracer("test").start_span("asked")
+    with span_context(span):
+        yield
+    span.end()
 
 
 async def test_a_call_over_grpc_that_calls_over_nats_is_one_trace(
@@ -119,13 +137,13 @@ async def test_the_span_of_an_answer_over_nats_is_made_when_the_answer_is_out_un
         return GetStatsResponse(blocks=started.names.count("kv/GetStats"))
 
     async def lookup(request: LookupRequest, call: Call) -> LookupResponse:
-        get_current_span().set_attribute("asked", True)
-        get_current_span().add_event("asked")
-        get_current_span().update_name("renamed")
+        current_span().set_attribute("asked", True)
+        current_span().add_event("asked")
+        current_span().update_name("renamed")
         return LookupResponse(found=started.names.count("kv/Lookup"))
 
     await bus.serve("kv", "kv-1", kv(GetStats=stats, Lookup=lookup).unary())
-    with provider.get_tracer("test").start_as_current_span("asked"):
+    with asked(provider):
         assert (await bus.call("kv", "GetStats", GetStatsRequest(), GetStatsResponse, timeout=5)).blocks == 0
         assert (await bus.call("kv", "Lookup", LookupRequest(), LookupResponse, timeout=5)).found == 1
     await bus.stop_serving(5)
@@ -150,7 +168,7 @@ async def test_what_belongs_to_no_trace_is_not_traced(
 
     await bus.serve("kv", "kv-1", kv(GetStats=stats).unary())
     await asks()
-    with provider.get_tracer("test").start_as_current_span("asked"):
+    with asked(provider):
         await asks(traced=False)
         assert not exporter.get_finished_spans()
         await asks()
@@ -168,16 +186,16 @@ async def test_a_call_over_nats_that_nobody_answers_has_a_span_all_the_same(
             await bus.call("kv", "GetStats", GetStatsRequest(), GetStatsResponse, timeout=5, traced=traced)
 
     await asks(traced=True)
-    with provider.get_tracer("test").start_as_current_span("asked"):
+    with asked(provider):
         await asks(traced=False)
         assert not exporter.get_finished_spans()
         await asks(traced=True)
     await bus.close()
-    call, asked = exporter.get_finished_spans()
+    call, outer = exporter.get_finished_spans()
     assert (call.name, call.kind, call.status.status_code) == ("kv/GetStats", SpanKind.CLIENT, StatusCode.ERROR)
     assert (call.attributes or {})["error.type"] == "NO_RESPONDERS"
-    assert is_child(call, asked)
-    times = [asked.start_time, call.start_time, call.end_time, asked.end_time]
+    assert is_child(call, outer)
+    times = [outer.start_time, call.start_time, call.end_time, outer.end_time]
     assert sorted(time or 0 for time in times) == times
 
 
@@ -228,22 +246,86 @@ def test_a_context_is_written_as_the_propagator_writes_it(
     tracing.inject(ours, span)
     TraceContextTextMapPropagator().inject(theirs, context=set_span_in_context(span))
     assert ours == theirs
-    assert tracing.traceparent(span) == theirs.get("traceparent", "")
+    assert traceparent(span) == theirs.get("traceparent", "")
 
 
-@given(
-    st.one_of(
-        st.from_regex(r"\A(00|01|ff)-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?\Z"),
-        st.tuples(st.sampled_from(["0" * 32, "1" * 32, "A" * 32]), st.sampled_from(["0" * 16, "1" * 16])).map(
-            lambda ids: f"00-{ids[0]}-{ids[1]}-01"
-        ),
-        st.text(max_size=60),
+TRACEPARENTS = st.one_of(
+    st.from_regex(r"\A(00|01|ff)-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?\Z"),
+    st.tuples(st.sampled_from(["0" * 32, "1" * 32, "A" * 32]), st.sampled_from(["0" * 16, "1" * 16])).map(
+        lambda ids: f"00-{ids[0]}-{ids[1]}-01"
     ),
-    st.sampled_from(["", "a=1", "a=1,b=2", "="]),
+    st.text(max_size=60),
 )
+
+
+@given(TRACEPARENTS, st.sampled_from(["", "a=1", "a=1,b=2", "="]))
 def test_a_context_is_read_as_the_propagator_reads_it(parent: str, state: str) -> None:
     carrier = {"traceparent": parent} | ({"tracestate": state} if state else {})
-    ours = get_current_span(tracing.extract(carrier)).get_span_context()
     theirs = get_current_span(TraceContextTextMapPropagator().extract(carrier, context=Context())).get_span_context()
-    assert ours == theirs
-    assert ours.is_remote == theirs.is_remote
+    providers = (
+        TracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False),
+        RecordingProvider(Resource({}), SpanProcessor(), records_all=True),
+    )
+    for provider in providers:
+        source = tracing.tracer(provider)
+        with tracing.inner_server_span(source, "call", {}, carrier) as span:
+            assert span.get_span_context().is_valid == theirs.is_valid
+            assert getattr(span.span if isinstance(span, LateSpan) else span, "parent", None) == (
+                theirs if theirs.is_valid else None
+            )
+        with tracing.server_span(source, "call", {}, carrier) as span:
+            assert isinstance(span, ReadableSpan | RecordedSpan)
+            assert span.parent == (theirs if theirs.is_valid else None)
+
+
+@given(TRACEPARENTS)
+def test_what_passes_for_a_traceparent_is_one(text: str) -> None:
+    read = TraceContextTextMapPropagator().extract({"traceparent": text}, context=Context())
+    theirs = get_current_span(read).get_span_context()
+    assert tracing.context_of(text) == (theirs if theirs.is_valid and text.startswith("00-") else None)
+    if tracing.context_of(text) is not None:
+        assert numbers(text, remote=True).is_remote
+        assert is_sampled(text) == theirs.trace_flags.sampled
+        assert traceparent(RemoteSpan(text)) == text
+
+
+def test_phases_leave_nothing_of_their_span_uncovered_whatever_keeps_the_process_from_its_work() -> None:
+    """As a process finds itself that waits for its turn between the span's begin and its first phase's."""
+
+    class Kept(SpanProcessor):
+        ended: ClassVar[list[ReadableSpan]] = []
+
+        def on_end(self, span: ReadableSpan) -> None:
+            self.ended.append(span)
+
+    source = RecordingProvider(Resource({}), Kept()).get_tracer("test")
+    span = source.start_span("whole")
+    time.sleep(0.01)
+    phases = Phases(source, span)
+    with phases.step("first"):
+        time.sleep(0.01)
+    phases.begin("second")
+    phases.note("a", 1)
+    phases.end()
+    time.sleep(0.01)
+    span.end()
+    first, second, whole = Kept.ended
+    assert [first.name, second.name, whole.name] == ["first", "second", "whole"]
+    assert (first.start_time, second.end_time) == (whole.start_time, whole.end_time)
+    assert first.end_time == second.start_time
+    assert (first.attributes, second.attributes) == ({}, {"a": 1})
+    assert is_child(first, whole)
+    assert is_child(second, whole)
+
+
+def test_phases_of_another_sdk_end_when_they_say(provider: TracerProvider, exporter: InMemorySpanExporter) -> None:
+    source = provider.get_tracer("test")
+    span = source.start_span("whole")
+    phases = Phases(source, span)
+    with pytest.raises(NotFound), phases.step("only"):
+        raise NotFound("gone", reason="GONE")
+    phases.end()
+    span.end()
+    only, whole = exporter.get_finished_spans()
+    assert only.start_time == whole.start_time
+    assert (only.attributes or {})["error.type"] == "GONE"

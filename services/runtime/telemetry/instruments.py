@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, Literal, Protocol, TypeVar
 
-from opentelemetry.trace import SpanContext, get_current_span
+from opentelemetry.trace import SpanContext
 
 from countersign.services.runtime.errors import CountersignError
+from countersign.services.runtime.telemetry.context import current_span
 
 Kind = Literal["counter", "histogram", "gauge", "observed counter"]
 Attributes = Mapping[str, str]
@@ -146,7 +147,7 @@ class BucketHistogram:
         place = bisect_left(self._bounds, value)
         held.counts[place] += 1
         held.sum += value
-        span = get_current_span().get_span_context()
+        span = current_span().get_span_context()
         if span.trace_flags.sampled:
             held.exemplars[place] = (span, value, time.time())
 

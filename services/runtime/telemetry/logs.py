@@ -16,12 +16,11 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TextIO
 
-from opentelemetry import trace
 from structlog.stdlib import ProcessorFormatter
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict
 
-from countersign.services.runtime.telemetry.context import current_request
+from countersign.services.runtime.telemetry.context import current_request, current_span
 from countersign.services.runtime.telemetry.lines import text_of, to_human, to_json
 
 _OURS = "countersign"
@@ -79,7 +78,7 @@ def _gather(service: str, instance: str, _: object, __: str, event: EventDict) -
     fields["message"] = text_of(event["event"])
     if request_id := current_request():
         fields["request_id"] = request_id
-    span = trace.get_current_span().get_span_context()
+    span = current_span().get_span_context()
     if span.is_valid:
         fields |= {"trace_id": f"{span.trace_id:032x}", "span_id": f"{span.span_id:016x}"}
     for key, value in vars(record).items():

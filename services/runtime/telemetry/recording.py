@@ -3,12 +3,16 @@
 A request makes some twenty spans and an event a round, in the processes that also move its tokens. The SDK copies,
 checks and locks each of them for users whom it does not know; here one thread writes a span, with attributes that are
 right. What these spans show is what the SDK's processors and exporters read of a `ReadableSpan`.
+
+A first token waits for what is done before it, in processes whose caches others have used meanwhile: there each
+function costs ten times what it does in a loop. So a span begins with next to nothing: its context is text, and drawn
+when somebody asks for it or the span ends.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import getrandbits
 from typing import Any
@@ -19,12 +23,28 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace import (
+    INVALID_SPAN,
+    Link,
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceState,
+)
 from opentelemetry.util.types import Attributes, AttributeValue
+
+from countersign.services.runtime.telemetry.traceparent import (
+    RemoteSpan,
+    is_sampled,
+    numbers,
+    trace_state,
+    traceparent,
+)
 
 # Of one span: what comes beyond is counted.
 MOST_EVENTS = 512
-_SAMPLED, _NOT_SAMPLED = TraceFlags(TraceFlags.SAMPLED), TraceFlags(TraceFlags.DEFAULT)
 _UNSET = Status()
 
 
@@ -39,12 +59,18 @@ class RecordedEvent:
 
 
 class RecordedSpan(trace.Span):
-    """A span of this process. Not for two threads at once, but for its end."""
+    """A span of this process, below the one that ``above`` names (``remote``: in another process), or below none.
+    Not for two threads at once, but for its end.
+    """
 
     __slots__ = (
+        "_above",
+        "_at_end",
+        "_context",
+        "_own",
         "_processor",
+        "_remote",
         "attributes",
-        "context",
         "dropped_events",
         "end_time",
         "events",
@@ -52,30 +78,56 @@ class RecordedSpan(trace.Span):
         "kind",
         "links",
         "name",
-        "parent",
         "resource",
         "start_time",
         "status",
+        "trace_state",
     )
     dropped_attributes = dropped_links = 0
 
     def __init__(
         self,
         name: str,
-        context: SpanContext,
-        parent: SpanContext | None,
+        own: str,
+        above: str,
+        trace_state: TraceState | None,
         kind: SpanKind,
-        attributes: dict[str, AttributeValue],
-        start_time: int,
+        attributes: Attributes,
+        start_time: int | None,
         tracer: RecordingTracer,
+        remote: bool = True,
+        links: Sequence[Link] | None = None,
     ) -> None:
-        self.name, self.context, self.parent, self.kind = name, context, parent, kind
-        self.attributes, self.start_time, self.end_time = attributes, start_time, 0
+        self.name, self.kind = name, kind
+        self._own, self._above, self._remote, self.trace_state = own, above, remote, trace_state
+        self._context: SpanContext | None = None
+        self._at_end: list[Callable[[int], None]] = []
+        self.attributes: dict[str, AttributeValue] = {**attributes} if attributes else {}
+        self.start_time, self.end_time = start_time or time.time_ns(), 0
         self.events: list[RecordedEvent] = []
-        self.links: Sequence[Link] = ()
+        self.links: Sequence[Link] = links or ()
         self.status, self.dropped_events = _UNSET, 0
         self.resource, self.instrumentation_scope = tracer.resource, tracer.scope
         self._processor = tracer.processor
+
+    @property
+    def traceparent(self) -> str:
+        """Its context, as it travels."""
+        if not self._own:
+            self._own = _below(self._above)
+        return self._own
+
+    @property
+    def context(self) -> SpanContext:
+        """The same as numbers."""
+        if self._context is None:
+            self._context = numbers(self.traceparent, remote=False, state=self.trace_state)
+        return self._context
+
+    @property
+    def parent(self) -> SpanContext | None:
+        """The context of the span above; None where there is none."""
+        return numbers(self._above, remote=self._remote, state=self.trace_state) if self._above else None
 
     def get_span_context(self) -> SpanContext:
         return self.context
@@ -125,10 +177,24 @@ class RecordedSpan(trace.Span):
         """Its type alone: messages may quote what was asked."""
         self.add_event("exception", {**(attributes or {}), "exception.type": type(exception).__name__}, timestamp)
 
+    def at_end(self, then: Callable[[int], None]) -> None:
+        """Call it when this ends, with the time; now, where it has ended."""
+        if self.end_time:
+            then(self.end_time)
+        else:
+            self._at_end.append(then)
+
     def end(self, end_time: int | None = None) -> None:
         if not self.end_time:
             self.end_time = end_time or time.time_ns()
+            for then in self._at_end:
+                then(self.end_time)
             self._processor.on_end(self)  # type: ignore[arg-type]  # as good as a ReadableSpan
+
+
+def _below(above: str) -> str:
+    """A new span's context, in the trace of the one that ``above`` names."""
+    return f"{above[:36]}{getrandbits(64) or 1:016x}-{'01' if is_sampled(above) else '00'}"
 
 
 class RecordingTracer(trace.Tracer):
@@ -149,20 +215,27 @@ class RecordingTracer(trace.Tracer):
         record_exception: bool = True,  # noqa: ARG002
         set_status_on_exception: bool = True,  # noqa: ARG002
     ) -> trace.Span:
-        parent: SpanContext | None = trace.get_current_span(context).get_span_context()
-        if parent is not None and parent.is_valid:
-            trace_id, flags, state = parent.trace_id, parent.trace_flags, parent.trace_state
-            flags = _SAMPLED if flags.sampled else _NOT_SAMPLED
+        own = above = ""
+        remote, state = False, None
+        # A look at an empty context is dear, and at none it is one at the current one.
+        parent = INVALID_SPAN if context is not None and not context else trace.get_current_span(context)
+        if parent is not INVALID_SPAN and (above := traceparent(parent)):
+            remote, state = _is_remote(parent), trace_state(parent)
         else:
-            trace_id, parent, state = getrandbits(128) or 1, None, None
-            flags = _SAMPLED if trace_id & TraceIdRatioBased.TRACE_ID_LIMIT < self._bound else _NOT_SAMPLED
-        own = SpanContext(trace_id, getrandbits(64) or 1, is_remote=False, trace_flags=flags, trace_state=state)
-        if not (flags or self._all):
-            return NonRecordingSpan(own)
-        told = dict(attributes) if attributes else {}
-        span = RecordedSpan(name, own, parent, kind, told, start_time or time.time_ns(), self)
-        span.links = links or ()
-        return span
+            trace_id = getrandbits(128) or 1
+            sampled = trace_id & TraceIdRatioBased.TRACE_ID_LIMIT < self._bound
+            own = f"00-{trace_id:032x}-{getrandbits(64) or 1:016x}-{'01' if sampled else '00'}"
+        if not self._all and not is_sampled(own or above):
+            return NonRecordingSpan(numbers(own or _below(above), remote=False, state=state))
+        return RecordedSpan(name, own, above, state, kind, attributes, start_time, self, remote, links)
+
+    def start_below(
+        self, name: str, above: str, attributes: Attributes, kind: SpanKind, start_time: int | None
+    ) -> trace.Span:
+        """A span below the one of another process that a traceparent names."""
+        if not self._all and not is_sampled(above):
+            return NonRecordingSpan(numbers(_below(above), remote=False))
+        return RecordedSpan(name, "", above, None, kind, attributes, start_time, self)
 
     @contextmanager
     def start_as_current_span(  # type: ignore[override]  # a plain context manager is all that is asked of it
@@ -180,6 +253,12 @@ class RecordingTracer(trace.Tracer):
         span = self.start_span(name, context, kind, attributes, links, start_time)
         with trace.use_span(span, end_on_exit, record_exception, set_status_on_exception):
             yield span
+
+
+def _is_remote(span: trace.Span) -> bool:
+    if type(span) is RecordedSpan:
+        return False
+    return type(span) is RemoteSpan or span.get_span_context().is_remote
 
 
 class RecordingProvider(trace.TracerProvider):

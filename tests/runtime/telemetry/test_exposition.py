@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families as parsed_te
 
 from countersign.services.runtime.errors import Unavailable
 from countersign.services.runtime.telemetry import metrics
+from countersign.services.runtime.telemetry.context import span_context
 from countersign.services.runtime.telemetry.exposition import Families, prometheus_name
 from countersign.services.runtime.telemetry.instruments import MOST_SERIES, Meter
 
@@ -111,13 +112,14 @@ def test_a_bucket_names_the_trace_that_last_fell_into_it_until_another_does(scra
     tracer = TracerProvider().get_tracer("test")
     seen = []
     for value in (0.003, 0.004, 0.2):  # two of one bucket, one of another
-        with tracer.start_as_current_span("commit") as span:
+        span = tracer.start_span("commit")
+        with span_context(span):
             histogram.record(value)
             context = span.get_span_context()
             seen.append((value, f"{context.trace_id:032x}", f"{context.span_id:016x}"))
     assert exemplars(scraped) == seen[1:]
     assert exemplars(scraped) == seen[1:], "who looks first must not take it from the next"
-    with tracer.start_as_current_span("commit"):
+    with span_context(tracer.start_span("commit")):
         histogram.record(0.0045)
     assert exemplars(scraped)[0][0] == 0.0045
 
@@ -125,13 +127,13 @@ def test_a_bucket_names_the_trace_that_last_fell_into_it_until_another_does(scra
 def test_what_was_not_sampled_or_not_traced_is_no_exemplar(scraped: Scraped) -> None:
     histogram = metrics.histogram(metrics.PASS_DURATION, scraped.meter)
     histogram.record(0.003)
-    with TracerProvider(sampler=ALWAYS_OFF).get_tracer("test").start_as_current_span("commit"):
+    with span_context(TracerProvider(sampler=ALWAYS_OFF).get_tracer("test").start_span("commit")):
         histogram.record(0.2)
     assert exemplars(scraped) == []
 
 
 def test_an_attribute_that_the_table_does_not_name_reaches_nobody_not_even_in_an_exemplar(scraped: Scraped) -> None:
-    with TracerProvider().get_tracer("test").start_as_current_span("commit"):
+    with span_context(TracerProvider().get_tracer("test").start_span("commit")):
         metrics.histogram(metrics.PASS_DURATION, scraped.meter).record(0.1, {"countersign.request.id": "req-7"})
         metrics.counter(metrics.VERDICTS, scraped.meter).add(1, {"tenant": "acme", metrics.OUTCOME: "pass"})
     for text in (scraped.text(), scraped.openmetrics()):
