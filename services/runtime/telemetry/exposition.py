@@ -19,6 +19,7 @@ from prometheus_client.utils import floatToGoString
 
 from countersign.services.runtime.telemetry import instruments
 from countersign.services.runtime.telemetry.instruments import BucketHistogram, Instrument, Labels, Meter
+from countersign.services.runtime.telemetry.traceparent import ids
 
 _UNITS = {"s": "seconds", "ms": "milliseconds", "By": "bytes", "J": "joules", "W": "watts"}
 
@@ -86,7 +87,8 @@ def _exemplar(exemplar: instruments.Exemplar | None) -> Exemplar | None:
     if exemplar is None:
         return None
     span, value, seconds = exemplar
-    return Exemplar({"trace_id": f"{span.trace_id:032x}", "span_id": f"{span.span_id:016x}"}, value, seconds)
+    trace_id, span_id = ids(span)
+    return Exemplar({"trace_id": trace_id, "span_id": span_id}, value, seconds)
 
 
 def _family(row: Instrument, kind: str) -> Family:

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, Literal, Protocol, TypeVar
 
-from opentelemetry.trace import SpanContext
-
 from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.telemetry.context import current_span
+from countersign.services.runtime.telemetry.traceparent import is_sampled, traceparent
 
 Kind = Literal["counter", "histogram", "gauge", "observed counter"]
 Attributes = Mapping[str, str]
 Labels = tuple[tuple[str, str], ...]
 Read = Callable[[], float | Mapping[str, float] | None]
 """What is so now: one number; or, of a row with an attribute, a number for each of its values; None: not known."""
-Exemplar = tuple[SpanContext, float, float]
-"""The span that was current, what it recorded, and when, in seconds since 1970."""
+Exemplar = tuple[str, float, float]
+"""The traceparent of the span that was current, what it recorded, and when, in seconds since 1970."""
 T = TypeVar("T")
 
 # Series of one instrument; what comes beyond them is counted as one, so that no mistake fills a memory.
@@ -147,8 +146,8 @@ class BucketHistogram:
         place = bisect_left(self._bounds, value)
         held.counts[place] += 1
         held.sum += value
-        span = current_span().get_span_context()
-        if span.trace_flags.sampled:
+        span = traceparent(current_span())
+        if span and is_sampled(span):
             held.exemplars[place] = (span, value, time.time())
 
 

@@ -22,6 +22,7 @@ from structlog.typing import EventDict
 
 from countersign.services.runtime.telemetry.context import current_request, current_span
 from countersign.services.runtime.telemetry.lines import text_of, to_human, to_json
+from countersign.services.runtime.telemetry.traceparent import ids, traceparent
 
 _OURS = "countersign"
 _MAX_FRAMES = 30
@@ -78,9 +79,8 @@ def _gather(service: str, instance: str, _: object, __: str, event: EventDict) -
     fields["message"] = text_of(event["event"])
     if request_id := current_request():
         fields["request_id"] = request_id
-    span = current_span().get_span_context()
-    if span.is_valid:
-        fields |= {"trace_id": f"{span.trace_id:032x}", "span_id": f"{span.span_id:016x}"}
+    if span := traceparent(current_span()):
+        fields["trace_id"], fields["span_id"] = ids(span)
     for key, value in vars(record).items():
         if key not in _STANDARD and not key.startswith("_"):
             # The request that a call names is the one that is meant; nothing else is overwritten.

@@ -34,6 +34,11 @@ def numbers(text: str, *, remote: bool, state: TraceState | None = None) -> Span
     )
 
 
+def ids(text: str) -> tuple[str, str]:
+    """Of the trace and of the span, in hexadecimal."""
+    return text[3:35], text[36:52]
+
+
 def written(context: SpanContext) -> str:
     """A valid context as text."""
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
