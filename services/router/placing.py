@@ -38,6 +38,8 @@ ASK_S = 0.5
 # How long a request waits for who comes in the place of targets that are gone. For so long the registry may tell of a
 # dead one (its TTL): after that it is plain that there is none. A restart takes about as long.
 REPLACED_S = 5.0
+# Deadlines are in whole milliseconds, and the loop's clock is another than theirs.
+CLOCK_S = 0.005
 # What is said of the bus and not of a target.
 AWAY = frozenset({"DISCONNECTED", "CONNECTION_LOST", "BUS_CLOSED"})
 
@@ -53,8 +55,8 @@ class Placer:
         self._takeovers = metrics.counter(metrics.TAKEOVERS)
 
     async def place(self, opener: Opener) -> None:
-        """Assign the request to a target that takes it; where none does, close it and raise why. On return somebody has
-        it, or the log says why not.
+        """Assign the request to a target that takes it; where none does, close it and raise why, unless its deadline
+        has passed meanwhile. On return somebody has it, or the log says why not.
 
         A repeated call finds the log assigned: its target is asked to start it once more, which changes nothing where
         it has, and mends it where the first call's router died in between.
@@ -74,6 +76,9 @@ class Placer:
             if not await self._settled(opener, opener.assign(self._instance)):
                 return  # it was cancelled, or another router has found a target
             message = f"no target took the request: {refusal}"
+            if self._patience(opener.log) <= CLOCK_S:
+                await self._settled(opener, opener.close(FinishReason.FINISH_REASON_DEADLINE, message))
+                return  # an end as any other
             await self._settled(opener, opener.close(FinishReason.FINISH_REASON_ERROR, message))
             raise refusal
 
