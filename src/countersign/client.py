@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from itertools import count
@@ -300,8 +299,8 @@ class Client:
         told: dict[str, str | int] = {names.SERVER_ADDRESS: host}
         if port.isdigit():
             told[names.SERVER_PORT] = int(port)
-        progress.lasted.began_ns = began_ns = time.time_ns()
-        span = self._tracer.start_span(span_name(request.model), None, SpanKind.CLIENT, told, start_time=began_ns)
+        span = self._tracer.start_span(span_name(request.model), kind=SpanKind.CLIENT, attributes=told)
+        progress.lasted.began_ns = getattr(span, "start_time", None)  # the API does not tell, SDKs do
         progress.span = GenerationSpan(span, request)
         with tracing.EndedWithCalls(span, progress.lasted):
             try:

@@ -18,6 +18,7 @@ from tests.simulation.network import Network, Node
 from countersign.client import Client, Finished, Tokens
 from countersign.services.runtime.errors import CountersignError, Internal, NotFound, Unavailable
 from countersign.services.runtime.telemetry import tracing
+from countersign.services.runtime.telemetry.tracing import Lasted
 
 M = TypeVar("M", bound=Message)
 
@@ -98,7 +99,14 @@ class SimChannel:
     def __init__(self, network: Network, rng: random.Random) -> None:
         self.network, self.rng = network, rng
 
-    async def stream(self, path: str, request: Message, reply: type[M], timeout: float) -> AsyncGenerator[M]:  # noqa: ASYNC109
+    async def stream(
+        self,
+        path: str,
+        request: Message,
+        reply: type[M],
+        timeout: float,  # noqa: ASYNC109
+        lasted: Lasted | None = None,
+    ) -> AsyncGenerator[M]:
         connection = await self._connect()
         try:
             connection.start(path.rpartition("/")[2], request)
