@@ -104,7 +104,7 @@ def _eager(try_append: Any) -> Any:
 
 
 def _from_the_start(resume: Any) -> Any:
-    return lambda client, request_id, position: resume(client, request_id, 0)
+    return lambda client, request_id, _, *lasted: resume(client, request_id, 0, *lasted)
 
 
 def _take_all(take: Any) -> Any:
