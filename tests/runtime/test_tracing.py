@@ -1,6 +1,8 @@
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -329,3 +331,22 @@ def test_phases_of_another_sdk_end_when_they_say(provider: TracerProvider, expor
     only, whole = exporter.get_finished_spans()
     assert only.start_time == whole.start_time
     assert (only.attributes or {})["error.type"] == "GONE"
+
+
+def test_nothing_of_a_span_waits_for_the_garbage_collector() -> None:
+    """A request makes twenty of them; what forms a circle stays until a full collection, which stops the process."""
+    source = RecordingProvider(Resource({}), SpanProcessor()).get_tracer("test")
+    gc.collect()
+    gc.disable()
+    try:
+        span = source.start_span("whole")
+        phases = Phases(source, span)
+        with suppress(NotFound), phases.step("first"):
+            raise NotFound("gone", reason="GONE")
+        phases.end()
+        span.end()
+        held = weakref.ref(span)
+        del span, phases
+        assert held() is None
+    finally:
+        gc.enable()

@@ -77,3 +77,4 @@ class Phases:
                 record_error(span, self._failed[place])
             span.end(end_ns)
         self._begun.clear()
+        self._failed.clear()  # errors know the frames that they came through, and those this

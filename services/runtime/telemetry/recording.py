@@ -101,7 +101,7 @@ class RecordedSpan(trace.Span):
         self.name, self.kind = name, kind
         self._own, self._above, self._remote, self.trace_state = own, above, remote, trace_state
         self._context: SpanContext | None = None
-        self._at_end: list[Callable[[int], None]] = []
+        self._at_end: tuple[Callable[[int], None], ...] = ()
         self.attributes: dict[str, AttributeValue] = {**attributes} if attributes else {}
         self.start_time, self.end_time = start_time or time.time_ns(), 0
         self.events: list[RecordedEvent] = []
@@ -182,12 +182,13 @@ class RecordedSpan(trace.Span):
         if self.end_time:
             then(self.end_time)
         else:
-            self._at_end.append(then)
+            self._at_end += (then,)
 
     def end(self, end_time: int | None = None) -> None:
         if not self.end_time:
             self.end_time = end_time or time.time_ns()
-            for then in self._at_end:
+            at_end, self._at_end = self._at_end, ()  # they know this span: nothing is to wait for the collector
+            for then in at_end:
                 then(self.end_time)
             self._processor.on_end(self)  # type: ignore[arg-type]  # as good as a ReadableSpan
 
