@@ -33,7 +33,7 @@ SCRAPE_S = 5.0
 SETTLE_S = 1.0
 # Two equal stacks differ by up to a twentieth for as long as they run, the one that started first more often for the
 # worse: many pairs are started, each in the other order than the one before.
-PAIRS = 8
+PAIRS = 6
 TURNS = 3
 ANSWERS = 96
 FIRST_TOKENS = 150

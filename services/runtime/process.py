@@ -34,6 +34,8 @@ from countersign.services.runtime.telemetry import endpoint, logs, metrics, wiri
 from countersign.v1.registry_pb2 import Instance
 
 _GRACE_S = 5.0
+# Until Python 3.12 `asyncio.wait_for`, which nats-py uses, loses a cancellation that comes together with an answer.
+_HEARD_S = 0.2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -73,6 +75,7 @@ class _Process:
     instance: str = field(init=False)
     log: logging.Logger = field(init=False)
     address: str = ""
+    leaving: bool = False
 
     def __post_init__(self) -> None:
         self.instance = f"{self.name}-{os.urandom(4).hex()}"
@@ -93,8 +96,10 @@ async def _run(process: _Process) -> int:
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
-    # Wherever it is, in the middle of starting too, it undoes what it has done. Once: more signals change nothing.
-    serving.cancel()
+    # Wherever it is, in the middle of starting too, it undoes what it has done; more signals change nothing.
+    while not (process.leaving or serving.done()):
+        serving.cancel()
+        await asyncio.wait({serving}, timeout=_HEARD_S)
     try:
         await serving
     except asyncio.CancelledError:
@@ -112,45 +117,50 @@ async def _run(process: _Process) -> int:
 
 async def _serve(process: _Process) -> None:
     """Start, then wait until cancelled. Raises what ends the service; undoes everything on the way out."""
-    config = process.config
     async with contextlib.AsyncExitStack() as undo:
-        wired = wiring.start(
-            config.telemetry, service=process.name, instance=process.instance, data_dir=config.data_dir
-        )
-        undo.push_async_callback(asyncio.to_thread, wired.close)
-        served = endpoint.start(config, service=process.name, instance=process.instance)
-        undo.push_async_callback(asyncio.to_thread, served.close)
-        bus = await _connect(process)
-        metrics.observe(metrics.BUS_DROPPED, lambda: bus.dropped)
-        undo.push_async_callback(bus.close)
-        await wired.join(bus)
-        journal = Journal(bus)
-        await journal.ensure_streams(config.nats)
-        registry = await undo.enter_async_context(Registry(bus, replicas=config.nats.replicas))
-        served.discover = registry.everybody
-        context = Context(
-            config=config,
-            bus=bus,
-            journal=journal,
-            registry=registry,
-            name=process.name,
-            instance=process.instance,
-            address=process.own_address,
-            log=process.log,
-        )
-        service = await process.create(context)
-        # What is here now stays. A collection that looked through it (torch's modules: a third of a million objects)
-        # would keep requests waiting for a tenth of a second.
-        gc.freeze()
-        undo.push_async_callback(service.close)
-        background: list[asyncio.Task[None]] = []
-        undo.push_async_callback(_cancel, background)  # once the last handler, which may need it, has ended
-        await _open(process, context, service, undo, served.address)
-        background += [
-            asyncio.create_task(service.run(), name="service.run"),
-            asyncio.create_task(bus.wait_closed(), name="bus closed"),
-        ]
-        await _until_failure(*background)
+        try:
+            await _live(process, undo)
+        finally:
+            process.leaving = True
+
+
+async def _live(process: _Process, undo: contextlib.AsyncExitStack) -> None:
+    config = process.config
+    wired = wiring.start(config.telemetry, service=process.name, instance=process.instance, data_dir=config.data_dir)
+    undo.push_async_callback(asyncio.to_thread, wired.close)
+    served = endpoint.start(config, service=process.name, instance=process.instance)
+    undo.push_async_callback(asyncio.to_thread, served.close)
+    bus = await _connect(process)
+    metrics.observe(metrics.BUS_DROPPED, lambda: bus.dropped)
+    undo.push_async_callback(bus.close)
+    await wired.join(bus)
+    journal = Journal(bus)
+    await journal.ensure_streams(config.nats)
+    registry = await undo.enter_async_context(Registry(bus, replicas=config.nats.replicas))
+    served.discover = registry.everybody
+    context = Context(
+        config=config,
+        bus=bus,
+        journal=journal,
+        registry=registry,
+        name=process.name,
+        instance=process.instance,
+        address=process.own_address,
+        log=process.log,
+    )
+    service = await process.create(context)
+    # What is here now stays. A collection that looked through it (torch's modules: a third of a million objects)
+    # would keep requests waiting for a tenth of a second.
+    gc.freeze()
+    undo.push_async_callback(service.close)
+    background: list[asyncio.Task[None]] = []
+    undo.push_async_callback(_cancel, background)  # once the last handler, which may need it, has ended
+    await _open(process, context, service, undo, served.address)
+    background += [
+        asyncio.create_task(service.run(), name="service.run"),
+        asyncio.create_task(bus.wait_closed(), name="bus closed"),
+    ]
+    await _until_failure(*background)
 
 
 async def _connect(process: _Process) -> Bus:

@@ -130,14 +130,11 @@ def test_the_tree_leads_through_every_service(run: Run) -> None:
 
 
 def test_child_spans_cover_the_request(run: Run) -> None:
-    for _, trace in run.of("plain", "drafted", "deadline", "cancelled"):
+    for _, trace in run.of("plain", "drafted", "deadline", "cancelled", "refused"):
         (root,) = roots(trace)
         assert covered(root, children(trace, root)) >= 0.95
         (served,) = (seen for seen in trace if seen.service == "router" and seen.name == root.name)
         assert covered(served, children(trace, served)) >= 0.95
-    # Within some milliseconds, of which another process may take one at any place.
-    refused = sorted(covered(roots(trace)[0], children(trace, roots(trace)[0])) for _, trace in run.of("refused"))
-    assert refused[len(refused) // 2] >= 0.95
 
 
 def test_a_round_is_an_event_of_the_answer(run: Run) -> None:

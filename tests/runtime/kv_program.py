@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+from contextlib import suppress
 
 from nats.aio.msg import Msg
 
@@ -54,7 +55,11 @@ class Kv:
 
 
 async def create(context: Context) -> Kv:
-    if os.environ.get("FAULT") == "create":
+    if os.environ.get("FAULT") == "deaf":
+        await context.bus.publish("test.deaf", b"", {})
+        with suppress(asyncio.CancelledError):  # as asyncio.wait_for, where an answer comes at the same time
+            await asyncio.Event().wait()
+    if os.environ.get("FAULT") in ("create", "deaf"):
         await asyncio.Event().wait()
     return Kv(context)
 

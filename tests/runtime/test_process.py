@@ -141,10 +141,15 @@ async def test_a_background_loop_that_fails_ends_the_process_with_code_1(start: 
     await gone(registry)
 
 
-async def test_a_signal_while_starting_ends_the_process_cleanly(start: Start, bus: Bus) -> None:
+@pytest.mark.parametrize(
+    ("fault", "subject"), [("create", "$JS.API.STREAM.CREATE.KV_cs-instances"), ("deaf", "test.deaf")]
+)
+async def test_a_signal_while_starting_ends_the_process_cleanly(
+    start: Start, bus: Bus, fault: str, subject: str
+) -> None:
     connected: asyncio.Queue[Msg] = asyncio.Queue()
-    await bus.subscribe("$JS.API.STREAM.CREATE.KV_cs-instances", connected.put)
-    process = await start(fault="create")
+    await bus.subscribe(subject, connected.put)
+    process = await start(fault=fault)
     async with asyncio.timeout(20):
         await connected.get()
     process.terminate()
