@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from countersign.services.runtime.telemetry.traceparent import of_ids
 from countersign.verify.errors import VerificationError
 from countersign.verify.receipt import parse
 
@@ -12,4 +13,6 @@ def request_traceparent(receipt: bytes) -> str:
         named = parse(receipt).receipt.trace
     except VerificationError:
         return ""
-    return "" if named is None else f"00-{named.id.hex()}-{named.span.hex()}-{int(named.sampled):02x}"
+    if named is None:
+        return ""
+    return of_ids(int.from_bytes(named.id, "big"), int.from_bytes(named.span, "big"), named.sampled)

@@ -141,6 +141,7 @@ async def test_the_span_of_an_answer_over_nats_is_made_when_the_answer_is_out_un
     async def lookup(request: LookupRequest, call: Call) -> LookupResponse:
         current_span().set_attribute("asked", True)
         current_span().add_event("asked")
+        current_span().add_link(SpanContext(5, 6, is_remote=True))
         current_span().update_name("renamed")
         return LookupResponse(found=started.names.count("kv/Lookup"))
 
@@ -154,6 +155,7 @@ async def test_the_span_of_an_answer_over_nats_is_made_when_the_answer_is_out_un
     assert (spans["kv/GetStats"].start_time or 0) < times[0] < (spans["kv/GetStats"].end_time or 0)
     assert (spans["renamed"].attributes or {})["asked"]
     assert [event.name for event in spans["renamed"].events] == ["asked"]
+    assert [link.context.span_id for link in spans["renamed"].links] == [6]
     assert is_child(spans["kv/GetStats"], spans["asked"])
 
 

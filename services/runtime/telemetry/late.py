@@ -42,6 +42,9 @@ class LateSpan(Span):
     def add_event(self, name: str, attributes: Attributes = None, timestamp: int | None = None) -> None:
         self.span.add_event(name, attributes, timestamp)
 
+    def add_link(self, context: SpanContext, attributes: Attributes = None) -> None:
+        self.span.add_link(context, attributes)
+
     def update_name(self, name: str) -> None:
         self.span.update_name(name)
 

@@ -39,6 +39,7 @@ from countersign.services.runtime.telemetry.traceparent import (
     RemoteSpan,
     is_sampled,
     numbers,
+    of_ids,
     trace_state,
     traceparent,
 )
@@ -225,7 +226,7 @@ class RecordingTracer(trace.Tracer):
         else:
             trace_id = getrandbits(128) or 1
             sampled = trace_id & TraceIdRatioBased.TRACE_ID_LIMIT < self._bound
-            own = f"00-{trace_id:032x}-{getrandbits(64) or 1:016x}-{'01' if sampled else '00'}"
+            own = of_ids(trace_id, getrandbits(64) or 1, sampled)
         if not self._all and not is_sampled(own or above):
             return NonRecordingSpan(numbers(own or _below(above), remote=False, state=state))
         return RecordedSpan(name, own, above, state, kind, attributes, start_time, self, remote, links)

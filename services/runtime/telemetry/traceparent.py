@@ -39,9 +39,9 @@ def ids(text: str) -> tuple[str, str]:
     return text[3:35], text[36:52]
 
 
-def written(context: SpanContext) -> str:
-    """A valid context as text."""
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+def of_ids(trace_id: int, span_id: int, flags: int) -> str:
+    """The text that names a span."""
+    return f"00-{trace_id:032x}-{span_id:016x}-{flags:02x}"
 
 
 def traceparent(span: Span) -> str:
@@ -50,7 +50,7 @@ def traceparent(span: Span) -> str:
     if text is not None:
         return text
     context = span.get_span_context()
-    return written(context) if context.is_valid else ""
+    return of_ids(context.trace_id, context.span_id, context.trace_flags) if context.is_valid else ""
 
 
 def trace_state(span: Span) -> TraceState | None:
