@@ -317,7 +317,7 @@ class Client:
         self, stream: _Stream, progress: _Progress, goes_on: bool, span: Span | None = None
     ) -> AsyncGenerator[Event, None]:
         """The events of one answer over as many streams as it takes and ``reconnects`` allows."""
-        span = span or trace.get_current_span()
+        span = span or trace.get_current_span()  # noqa: TID251  the caller's
         for attempt in count():
             messages: AsyncGenerator[_Message] = tracing.within(span, stream)
             try:

@@ -23,7 +23,7 @@ from opentelemetry.trace import (
     StatusCode,
     TraceFlags,
     TraceState,
-    get_current_span,
+    get_current_span,  # noqa: TID251  to compare with
     set_span_in_context,
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator

@@ -220,7 +220,7 @@ class RecordingTracer(trace.Tracer):
         own = above = ""
         remote, state = False, None
         # A look at an empty context is dear, and at none it is one at the current one.
-        parent = INVALID_SPAN if context is not None and not context else trace.get_current_span(context)
+        parent = INVALID_SPAN if context is not None and not context else trace.get_current_span(context)  # noqa: TID251  the API has it so
         if parent is not INVALID_SPAN and (above := traceparent(parent)):
             remote, state = _is_remote(parent), trace_state(parent)
         else:
