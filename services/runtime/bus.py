@@ -15,6 +15,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from types import TracebackType
+from typing import Self
 
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
@@ -51,7 +53,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Bus:
-    """One connection to NATS. Made by `connect`."""
+    """One connection to NATS. Made by `connect`; closed by `close`, or by ``async with``."""
 
     def __init__(self, url: str, provider: TracerProvider | None) -> None:
         self.dropped = 0  # messages lost because this process read too slowly
@@ -127,6 +129,14 @@ class Bus:
             _log.warning("the bus closes with messages unsent", extra={"error": repr(error)})
             await self._abandon()
         await self._on_close()  # nats-py leaves it out when the last bytes meet a broken connection
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
 
     async def _abandon(self) -> None:
         with suppress(*_CLOSING_ERRORS):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.client import Answer, Client
 from countersign.services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -99,26 +99,20 @@ async def test_the_command_line_draws_asks_and_audits(stack: Running, tmp_path: 
 
 
 async def test_a_dishonest_target_is_told_by_two_fingerprints_whatever_its_tokens_are(tmp_path: Path) -> None:
-    running = start_stack(tmp_path / "data", "target.fault=int8")
-    try:
+    with running_stack(tmp_path / "data", "target.fault=int8") as running:
         async with Client(running.router) as client:
             answer = await ask(client)
             opened = await client.activations(answer.request_id, (7, 21))
         report = audited(running, answer, Challenge((7, 21), opened), "activations")
-    finally:
-        assert stop_stack(running) == 0
     assert [(part.level, part.outcome) for part in report.levels][2:] == [("activations", "fail")]
     assert report.levels[-1].figures["max_distance"] > 1e-3
 
 
 async def test_a_target_may_make_none(tmp_path: Path) -> None:
-    running = start_stack(tmp_path / "data", "target.fingerprints=0")
-    try:
+    with running_stack(tmp_path / "data", "target.fingerprints=0") as running:
         async with Client(running.router) as client:
             answer = await ask(client)
             with pytest.raises(FailedPrecondition, match="kept no fingerprints"):
                 await client.activations(answer.request_id, (0,))
-    finally:
-        assert stop_stack(running) == 0
     report = audited(running, answer, Challenge((0,), b""))
     assert report.verdict == "inconclusive"

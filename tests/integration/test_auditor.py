@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from auditor_process import AuditorProcess
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.services.auditor.keys import Keys
 from countersign.services.auditor.ledger import Ledger
@@ -32,11 +32,10 @@ END_S = 90.0
 def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A stack whose receipts are all audited."""
     folder = tmp_path_factory.mktemp("audited")
-    running = start_stack(
+    with running_stack(
         folder / "data", "auditor.share=1", "auditor.checkpoint_s=0.2", "auditor.arithmetics=native fp32"
-    )
-    yield running
-    assert stop_stack(running) == 0
+    ) as running:
+        yield running
 
 
 def countersign(*arguments: object) -> tuple[int, str]:
@@ -62,9 +61,8 @@ def status(running: Running) -> dict[str, Any]:
 
 async def verdict_on(running: Running, digest: bytes) -> verdict.Verdict:
     """Once there is one."""
-    bus = await Bus.connect(running.nats, "test")
     request, deadline = GetVerdictRequest(receipt_sha256=digest), time.monotonic() + END_S
-    try:
+    async with await Bus.connect(running.nats, "test") as bus:
         while True:
             assert time.monotonic() < deadline, "no verdict"
             with contextlib.suppress(NotFound):  # it is not logged yet
@@ -73,8 +71,6 @@ async def verdict_on(running: Running, digest: bytes) -> verdict.Verdict:
                     keys = Keys.load(running.data_dir / "keys")
                     return verdict.verify(found.verdict.statement, [keys.verdicts.public_key()])
             await asyncio.sleep(0.1)
-    finally:
-        await bus.close()
 
 
 def test_an_answer_is_logged_drawn_audited_to_its_activations_and_proven(audited: Running, tmp_path: Path) -> None:

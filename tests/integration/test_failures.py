@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.client import Client, Tokens
 from countersign.services.runtime.errors import CountersignError
@@ -20,9 +20,8 @@ PROMPT = "class Stack:\n    def push(self, item):\n"
 @pytest.fixture(scope="module")
 def own_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A stack of this file's own, since it gets hurt."""
-    running = start_stack(tmp_path_factory.mktemp("hurt") / "data")
-    yield running
-    assert stop_stack(running) == 0
+    with running_stack(tmp_path_factory.mktemp("hurt") / "data") as running:
+        yield running
 
 
 def service(running: Running, name: str) -> int:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.cli.prompts import heldout_prompts
 from countersign.client import Client
@@ -39,11 +39,8 @@ async def test_the_answers_of_an_honest_stack_pass(stack: Running, demo_models: 
 async def test_the_audit_refuses_the_answers_of_a_stack_that_cheats_at_their_tokens(
     tmp_path: Path, demo_models: dict[str, Path], fault: str
 ) -> None:
-    stack = start_stack(tmp_path / "data", f"target.fault={fault}")
-    try:
+    with running_stack(tmp_path / "data", f"target.fault={fault}") as stack:
         reports = await audits(stack, demo_models)
-    finally:
-        assert stop_stack(stack) == 0
     for report in reports:
         assert [(level.level, level.outcome) for level in report.levels[:2]] == [("form", "pass"), ("count", "pass")]
         assert report.receipt is not None

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.client import Answer, Client, Event, Finished, Hidden, Tokens
 from countersign.services.engine.text import Tokenizer
@@ -36,17 +36,13 @@ PROMPT = 'class Queue:\n    """A queue."""\n\n    def push(self, item):\n       
 
 @pytest.fixture(scope="module")
 def hiding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = start_stack(tmp_path_factory.mktemp("hiding") / "data", f"target.hidden_markers={BEGIN} {END}")
-    yield running
-    assert stop_stack(running) == 0
+    with running_stack(tmp_path_factory.mktemp("hiding") / "data", f"target.hidden_markers={BEGIN} {END}") as running:
+        yield running
 
 
 async def log_of(running: Running, request_id: str) -> LogState:
-    bus = await Bus.connect(running.nats, "test-hidden")
-    try:
+    async with await Bus.connect(running.nats, "test-hidden") as bus:
         return replay(request_id, await Journal(bus).read(commit_subject(request_id)))
-    finally:
-        await bus.close()
 
 
 async def test_reasoning_is_billed_signed_and_counted_but_not_shown(
@@ -175,14 +171,11 @@ async def test_hidden_tokens_that_the_model_never_said_are_counted_and_refused(
 ) -> None:
     """A client sees nothing of it; whoever may open the hidden tokens does."""
     settings = (f"target.hidden_markers={BEGIN} {END}", "target.fault=inflate-50")
-    stack = start_stack(tmp_path / "data", *settings)
-    try:
+    with running_stack(tmp_path / "data", *settings) as stack:
         async with Client(stack.router) as client:
             answer = await client.complete(PROMPT, max_tokens=120, temperature=0.7, seed=5)
         log = await log_of(stack, answer.request_id)
         keys = [load_public(stack.data_dir / "keys" / "receipts.pub")]
-    finally:
-        assert stop_stack(stack) == 0
     mine = audit(answer.receipt, trusted_keys=keys, reference=None)
     assert mine.verdict == "inconclusive"
     opened = attach(answer.receipt, openings_of(log))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from prometheus import INFRA, Prometheus, prometheus
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.client import Client, Tokens
 from countersign.services.runtime.bus import Bus
@@ -57,8 +57,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder, began = tmp_path_factory.mktemp("metrics"), time.time()
-    stack = start_stack(folder / "data", "auditor.share=1", "auditor.checkpoint_s=0.2")
-    try:
+    with running_stack(folder / "data", "auditor.share=1", "auditor.checkpoint_s=0.2") as stack:
         instances = asyncio.run(everybody(stack))
         router = next(each for each in instances if each.service == "router")
         with prometheus(folder / "prometheus", f"http://{router.metrics_address}/targets") as server:
@@ -71,9 +70,6 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
                 until(partial(all_scraped, server, time.time()), "all were scraped since")
                 grown.append(series(server))
             yield Watched(instances, server, began, grown)
-    finally:
-        code = stop_stack(stack)
-    assert code == 0
 
 
 def all_scraped(server: Prometheus, since: float) -> bool:
@@ -89,14 +85,10 @@ def verdicts(server: Prometheus, most: int) -> bool:
 
 async def everybody(stack: Running) -> list[Instance]:
     """Once all are in the registry."""
-    bus = await Bus.connect(stack.nats, "test")
-    try:
-        async with Registry(bus) as registry, asyncio.timeout(WAIT_S):
-            while {each.service for each in registry.everybody()} < SERVICES:  # noqa: ASYNC110  it offers no event
-                await asyncio.sleep(0.05)
-            return registry.everybody()
-    finally:
-        await bus.close()
+    async with await Bus.connect(stack.nats, "test") as bus, Registry(bus) as registry, asyncio.timeout(WAIT_S):
+        while {each.service for each in registry.everybody()} < SERVICES:  # noqa: ASYNC110  it offers no event
+            await asyncio.sleep(0.05)
+        return registry.everybody()
 
 
 async def load(stack: Running, wave: int) -> None:

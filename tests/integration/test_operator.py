@@ -14,28 +14,30 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from fcntl import ioctl
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.client import Answer, Client
 
 COMMAND = str(Path(sys.executable).parent / "countersign")
-WITHIN_S = 60
+WITHIN_S = 120
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = start_stack(tmp_path_factory.mktemp("operated") / "data", "auditor.share=1", "auditor.checkpoint_s=0.2")
-    yield running
-    assert stop_stack(running) == 0
+    with running_stack(
+        tmp_path_factory.mktemp("operated") / "data", "auditor.share=1", "auditor.checkpoint_s=0.2"
+    ) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def answers(stack: Running) -> list[Answer]:
-    """Three, one of them of another end."""
+    """Three, all of their spans written."""
 
     async def ask() -> list[Answer]:
         async with Client(stack.router) as client:
@@ -46,7 +48,10 @@ def answers(stack: Running) -> list[Answer]:
                 for number in range(3)
             ]
 
-    return asyncio.run(ask())
+    found = asyncio.run(ask())
+    for answer in found:
+        until(partial(traced, stack, answer.request_id))
+    return found
 
 
 def countersign(stack: Running, *arguments: str, code: int = 0) -> str:
@@ -60,6 +65,15 @@ def countersign(stack: Running, *arguments: str, code: int = 0) -> str:
 
 def told(stack: Running, *arguments: str, code: int = 0) -> Any:
     return json.loads(countersign(stack, *arguments, "--json", code=code))
+
+
+def traced(stack: Running, request_id: str) -> bool:
+    """Whether each has written its spans of a request, the auditor too."""
+    command = [COMMAND, "trace", request_id, "--json", "--data-dir", str(stack.data_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WITHIN_S)
+    found = json.loads(done.stdout) if done.returncode == 0 else {"spans": [], "later": []}
+    services = {span["service"] for span in found["spans"]}
+    return {"router", "tokenizer", "target"} <= services and "audit" in {span["name"] for span in found["later"]}
 
 
 def until(wanted: Callable[[], Any]) -> Any:
@@ -142,16 +156,8 @@ def _audited(stack: Running, count: int) -> list[dict[str, Any]]:
 
 
 def test_a_trace_shows_who_did_what_for_a_request(stack: Running, answers: list[Answer]) -> None:
-    def kept() -> Any:
-        command = [COMMAND, "trace", "asked-1", "--json", "--data-dir", str(stack.data_dir)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WITHIN_S)
-        found = json.loads(done.stdout) if done.returncode == 0 else {"later": []}
-        return found if any(span["name"] == "audit" for span in found["later"]) else None
-
-    found = until(kept)
+    found = told(stack, "trace", "asked-1")
     assert found["request_id"] == "asked-1"
-    services = {span["service"] for span in found["spans"]}
-    assert {"router", "tokenizer", "target"} <= services
     (answer,) = [span for span in found["spans"] if span["name"] == "answer"]
     assert answer["rounds"]["tokens"] == 13
     text = countersign(stack, "trace", "asked-1")

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import psutil
 import pytest
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.client import Accepted, Client, Finished, FinishReason, Tokens
 from countersign.services.protocol.commit import LogState
@@ -29,9 +29,10 @@ PROMPT = "def f(x):\n    "
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One request in work, four in all."""
-    running = start_stack(tmp_path_factory.mktemp("narrow") / "data", "target.max_running=1", "target.max_requests=4")
-    yield running
-    assert stop_stack(running) == 0
+    with running_stack(
+        tmp_path_factory.mktemp("narrow") / "data", "target.max_running=1", "target.max_requests=4"
+    ) as running:
+        yield running
 
 
 @asynccontextmanager
@@ -88,8 +89,11 @@ async def test_a_request_that_no_target_takes_is_closed_and_asking_again_does_no
 
 
 async def test_a_request_whose_router_died_before_it_started_is_mended_by_asking_again(narrow: Running) -> None:
-    bus = await Bus.connect(narrow.nats, "test")
-    async with Registry(bus) as registry, Client(narrow.router) as client:
+    async with (
+        await Bus.connect(narrow.nats, "test") as bus,
+        Registry(bus) as registry,
+        Client(narrow.router) as client,
+    ):
         target = await registry.wait_for("target", 5)
         (model,) = (await client.info()).models
         prompt = [0, 300, 301]
@@ -106,7 +110,6 @@ async def test_a_request_whose_router_died_before_it_started_is_mended_by_asking
         await settle(opener, opener.assign(target.instance), journal)
         async with asyncio.timeout(20):
             answer = await client.complete(prompt, max_tokens=5, request_id="orphan")
-    await bus.close()
     assert len(answer.tokens) == 5
     assert answer.receipt
 

@@ -6,13 +6,14 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from scraping import scraped
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.cli.prompts import heldout_prompts
 from countersign.client import Answer, Client, Finished, FinishReason, Tokens
@@ -25,16 +26,16 @@ from countersign.verify.keys import load_public
 PROMPT = "class Stack:\n    def push(self, item):\n"
 
 
-def ranked(folder: Path, ranks: int) -> Running:
+def ranked(folder: Path, ranks: int) -> AbstractContextManager[Running]:
     """A stack of its own whose target spans ``ranks`` processes; small units, so that short prompts use all."""
-    return start_stack(folder / "data", f"target.ranks={ranks}", "target.rank_unit=64", "target.rank_timeout_ms=10000")
+    settings = (f"target.ranks={ranks}", "target.rank_unit=64", "target.rank_timeout_ms=10000")
+    return running_stack(folder / "data", *settings)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = ranked(tmp_path_factory.mktemp("ranks"), 2)
-    yield running
-    assert stop_stack(running) == 0
+    with ranked(tmp_path_factory.mktemp("ranks"), 2) as running:
+        yield running
 
 
 def rank_pids(running: Running) -> list[int]:
@@ -78,13 +79,10 @@ async def test_the_long_house_test_over_ranks(
     stack: Running, tmp_path: Path, demo_models: dict[str, Path], ranks: int
 ) -> None:
     prompts = [prompt.text for prompt in heldout_prompts(demo_models["target"].parent, 200)]
-    running = ranked(tmp_path, ranks)
-    try:
+    with ranked(tmp_path, ranks) as running:
         for temperature in (0.0, 0.8):
             expected = await house(stack.router, prompts, 64, temperature)
             assert await house(running.router, prompts, 64, temperature) == expected
-    finally:
-        assert stop_stack(running) == 0
 
 
 async def test_a_rank_dies_in_the_middle_of_an_answer_and_nothing_is_lost(
@@ -113,22 +111,19 @@ async def test_a_rank_dies_in_the_middle_of_an_answer_and_nothing_is_lost(
 
 
 async def test_no_rank_outlives_its_target(tmp_path: Path) -> None:
-    running = ranked(tmp_path, 2)
-    pids = rank_pids(running)
-    assert len(pids) == 2
-    os.kill(psutil.Process(pids[0]).ppid(), signal.SIGKILL)
-    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
-    assert not alive, gone
-    assert stop_stack(running) == 0
+    with ranked(tmp_path, 2) as running:
+        pids = rank_pids(running)
+        assert len(pids) == 2
+        os.kill(psutil.Process(pids[0]).ppid(), signal.SIGKILL)
+        gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
+        assert not alive, gone
 
 
 async def test_operators_see_the_bytes_between_ranks_by_direction(two_ranks: Running) -> None:
     async with Client(two_ranks.router) as client:
         await client.complete(PROMPT * 20, max_tokens=2)  # long enough for queries to travel round the ring
-    bus = await Bus.connect(two_ranks.nats, "test")
-    async with Registry(bus) as registry:
+    async with await Bus.connect(two_ranks.nats, "test") as bus, Registry(bus) as registry:
         await registry.wait_for("target", 20)
         sent = await scraped(registry, "target", "countersign_ring_sent_bytes_total", "countersign_ring_direction")
-    await bus.close()
     assert sent.keys() == {"forward", "back"}
     assert min(sent.values()) > 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.client import Client, GenerateOptions
 from countersign.services.runtime.config import Reuse
@@ -26,9 +26,8 @@ def reuse(request: pytest.FixtureRequest) -> Reuse:
 @pytest.fixture
 def stack(reuse: Reuse, tmp_path: Path) -> Iterator[Running]:
     # Without lookup every proposal is the draft's.
-    running = start_stack(tmp_path / "data", f"draft.reuse={reuse}", "draft.lookup=0")
-    yield running
-    assert stop_stack(running) == 0
+    with running_stack(tmp_path / "data", f"draft.reuse={reuse}", "draft.lookup=0") as running:
+        yield running
 
 
 async def test_edited_prompts_get_the_tokens_that_they_get_without_a_draft(stack: Running, reuse: Reuse) -> None:

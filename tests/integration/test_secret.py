@@ -101,8 +101,7 @@ async def run(folder: Path) -> Asked:
     asked, config = Asked(folder), load(None, {}, [f"data_dir={folder}", *FREE_PORTS, *SETTINGS])
     async with AsyncExitStack() as undo:
         running = await undo.enter_async_context(Supervisor(config))
-        bus = await Bus.connect(running.nats_url, "test")
-        undo.push_async_callback(bus.close)
+        bus = await undo.enter_async_context(await Bus.connect(running.nats_url, "test"))
         registry = await undo.enter_async_context(Registry(bus))
         client = await undo.enter_async_context(Client(running.router_address))
         asked.prompt_ids = await client.tokenize(LONG)

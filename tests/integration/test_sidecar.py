@@ -56,9 +56,11 @@ async def violations(running: Supervisor, bus: Bus) -> StatusResponse:
 
 
 async def test_a_sound_stack_is_watched_in_silence_and_its_runs_are_accepted(tmp_path: Path) -> None:
-    async with stack(tmp_path / "data", "sidecar.record=true") as running:
+    async with (
+        stack(tmp_path / "data", "sidecar.record=true") as running,
+        await Bus.connect(running.nats_url, "test") as bus,
+    ):
         await asyncio.gather(*(answer(running, f"sound-{number}") for number in range(4)))
-        bus = await Bus.connect(running.nats_url, "test")
         file = tmp_path / "data" / "runs" / "sound-3.jsonl"
         async with asyncio.timeout(20):
             while not all(file.with_name(f"sound-{number}.jsonl").exists() for number in range(4)):  # noqa: ASYNC110
@@ -73,7 +75,6 @@ async def test_a_sound_stack_is_watched_in_silence_and_its_runs_are_accepted(tmp
         with pytest.raises(NotFound):
             await bus.call("sidecar", "GetRun", GetRunRequest(request_id="nobody"), GetRunResponse, timeout=5)
         given = await bus.call("sidecar", "GetRun", GetRunRequest(request_id="sound-3"), GetRunResponse, timeout=5)
-        await bus.close()
     assert given.run == file.read_text()
     code, told = await command("spec", "replay", str(file.parent))
     assert (code, told.count(": accepted, ")) == (0, 4), told
@@ -86,8 +87,10 @@ async def test_a_sound_stack_is_watched_in_silence_and_its_runs_are_accepted(tmp
 async def test_a_bug_that_was_planted_is_reported_with_evidence_that_the_specification_rejects(
     tmp_path: Path, service: str, bug: str, property_: str
 ) -> None:
-    async with stack(tmp_path / "data", planted=(service, bug)) as running:
-        bus = await Bus.connect(running.nats_url, "test")
+    async with (
+        stack(tmp_path / "data", planted=(service, bug)) as running,
+        await Bus.connect(running.nats_url, "test") as bus,
+    ):
         reports: asyncio.Queue[Violation] = asyncio.Queue()
 
         async def told(msg: object) -> None:
@@ -101,7 +104,6 @@ async def test_a_bug_that_was_planted_is_reported_with_evidence_that_the_specifi
         assert (report.request_id, report.property) == ("planted", property_)
         given = await bus.call("sidecar", "GetRun", GetRunRequest(request_id="planted"), GetRunResponse, timeout=5)
         assert (await violations(running, bus)).violation_count == 1
-        await bus.close()
     found = read_run(Path(report.evidence))
     assert isinstance(found, Run)
     assert found.request_id == "planted"
@@ -132,13 +134,16 @@ async def test_a_violation_is_in_the_trace_of_its_request_which_is_kept(tmp_path
 
 
 async def test_a_sidecar_that_starts_in_the_middle_of_an_answer_raises_no_false_alarm(tmp_path: Path) -> None:
-    async with stack(tmp_path / "data") as running, Client(running.router_address) as client:
+    async with (
+        stack(tmp_path / "data") as running,
+        await Bus.connect(running.nats_url, "test") as bus,
+        Client(running.router_address) as client,
+    ):
         first = running.pid("sidecar") or 0
         asked = client.generate("def f(", max_tokens=1900, ignore_eos=True, seed=1, drafting="off", request_id="middle")
         async for event in asked:
             if isinstance(event, Tokens) and psutil.pid_exists(first):
                 os.kill(first, signal.SIGKILL)
-        bus = await Bus.connect(running.nats_url, "test")
         async with asyncio.timeout(30):
             while running.pid("sidecar") in {None, first} or not running.address("sidecar"):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
@@ -147,4 +152,3 @@ async def test_a_sidecar_that_starts_in_the_middle_of_an_answer_raises_no_false_
         seen = await violations(running, bus)
         assert seen.requests >= 1
         assert list(seen.violations) == []
-        await bus.close()

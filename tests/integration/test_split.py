@@ -11,12 +11,12 @@ import itertools
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.client import Answer, Client, FinishReason
 from countersign.services.protocol.commit import LogState, replay
@@ -127,19 +127,21 @@ async def answered(router: str, request_id: str, tokens: list[int], temperature:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Its processes get hurt, so that the stack is this file's own."""
     settings = ("target.prefill_processes=1", f"target.prefill_chunk={CHUNK}", "router.split_prompt_tokens=256")
-    running = start_stack(tmp_path_factory.mktemp("split") / "data", *settings)
-    yield running
-    assert stop_stack(running) == 0
+    with running_stack(tmp_path_factory.mktemp("split") / "data", *settings) as running:
+        yield running
+
+
+@asynccontextmanager
+async def watched(running: Running) -> AsyncIterator[Stage]:
+    async with await Bus.connect(running.nats, "test") as bus, Registry(bus) as registry:
+        yield Stage(running, bus, registry)
 
 
 @pytest.fixture
 async def stage(running: Running) -> AsyncIterator[Stage]:
-    bus = await Bus.connect(running.nats, "test")
-    async with Registry(bus) as registry:
-        stage = Stage(running, bus, registry)
+    async with watched(running) as stage:
         await stage.ready()
         yield stage
-    await bus.close()
 
 
 def ids(answer: Answer) -> list[int]:
@@ -231,34 +233,34 @@ async def test_an_operator_can_have_a_target_do_something_else(stage: Stage) -> 
 async def test_an_overloaded_pool_has_a_target_of_the_other_compute_prompts_until_it_has_drained(
     tmp_path: Path, stack: Running
 ) -> None:
-    settings = ("target.role=decode", "target.processes=2", "target.prefill_processes=1")
-    running = start_stack(
-        tmp_path / "pools", *settings, "router.full_prompt_tokens=1500", f"target.prefill_chunk={CHUNK}"
+    settings = (
+        "target.role=decode",
+        "target.processes=2",
+        "target.prefill_processes=1",
+        f"target.prefill_chunk={CHUNK}",
+        "router.full_prompt_tokens=1500",
     )
-    bus = await Bus.connect(running.nats, "test")
-    async with Registry(bus) as registry:
-        stage = Stage(running, bus, registry)
+    with running_stack(tmp_path / "pools", *settings) as running:
+        async with watched(running) as stage:
 
-        async def by_role() -> dict[TargetRole.ValueType, int]:
-            """Blocks offered by targets of each role, once a heartbeat has told of all."""
-            await asyncio.sleep(HEARTBEAT_S)
-            found: dict[TargetRole.ValueType, int] = {}
-            for each in registry.live("target"):
-                found[each.role] = found.get(each.role, 0) + each.prefilled_blocks
-            return found
+            async def by_role() -> dict[TargetRole.ValueType, int]:
+                """Blocks offered by targets of each role, once a heartbeat has told of all."""
+                await asyncio.sleep(HEARTBEAT_S)
+                found: dict[TargetRole.ValueType, int] = {}
+                for each in stage.registry.live("target"):
+                    found[each.role] = found.get(each.role, 0) + each.prefilled_blocks
+                return found
 
-        prompts = [prompt(number) for number in range(20, 26)]
-        split = await asyncio.gather(*(stage.answer(f"pools-{n}", each) for n, each in enumerate(prompts)))
-        overloaded = await by_role()
-        assert overloaded[PREFILL] > 0
-        assert overloaded[DECODE] > 0, "nobody was borrowed"
-        # One at a time overloads nobody, and gives back.
-        for number in range(3):
-            await stage.answer(f"drained-{number}", prompt(30 + number, 600))
-        drained = await by_role()
-        assert drained[DECODE] == overloaded[DECODE]
-        assert drained[PREFILL] > overloaded[PREFILL]
-    await bus.close()
-    assert stop_stack(running) == 0
+            prompts = [prompt(number) for number in range(20, 26)]
+            split = await asyncio.gather(*(stage.answer(f"pools-{n}", each) for n, each in enumerate(prompts)))
+            overloaded = await by_role()
+            assert overloaded[PREFILL] > 0
+            assert overloaded[DECODE] > 0, "nobody was borrowed"
+            # One at a time overloads nobody, and gives back.
+            for number in range(3):
+                await stage.answer(f"drained-{number}", prompt(30 + number, 600))
+            drained = await by_role()
+            assert drained[DECODE] == overloaded[DECODE]
+            assert drained[PREFILL] > overloaded[PREFILL]
     whole = [await answered(stack.router, f"whole-pools-{n}", each, 0.0) for n, each in enumerate(prompts)]
     assert [ids(answer) for answer in split] == [ids(answer) for answer in whole]

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.client import Answer, Client
 from countersign.services.runtime.bus import Bus
@@ -28,11 +28,8 @@ async def complete(running: Running, *, timeout: float = 60) -> Answer:  # noqa:
 
 
 async def stats(running: Running) -> GetStatsResponse:
-    bus = await Bus.connect(running.nats, "test")
-    try:
+    async with await Bus.connect(running.nats, "test") as bus:
         return await bus.call("kv", "GetStats", GetStatsRequest(), GetStatsResponse, timeout=5)
-    finally:
-        await bus.close()
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -51,8 +48,7 @@ def kill(running: Running, *names: str) -> None:
 
 
 async def test_blocks_on_disk_outlive_the_store_and_the_target(tmp_path: Path) -> None:
-    running = start_stack(tmp_path / "data", "kv.disk_bytes=67108864")
-    try:
+    with running_stack(tmp_path / "data", "kv.disk_bytes=67108864") as running:
         first = await complete(running)
         assert first.usage.cached_prompt_tokens == 0
 
@@ -76,13 +72,10 @@ async def test_blocks_on_disk_outlive_the_store_and_the_target(tmp_path: Path) -
         await until(answered)
         assert [token.id for token in again[0].tokens] == [token.id for token in first.tokens]
         assert again[0].usage.cached_prompt_tokens == 16 * FULL_BLOCKS
-    finally:
-        assert stop_stack(running) == 0
 
 
 async def test_a_lossy_wire_is_declared_in_the_receipt_and_used(tmp_path: Path) -> None:
-    running = start_stack(tmp_path / "data", "target.kv_wire=int8")
-    try:
+    with running_stack(tmp_path / "data", "target.kv_wire=int8") as running:
         first = await complete(running)
         assert parse(first.receipt).receipt.evidence.kv_policy == "int8"
 
@@ -101,5 +94,3 @@ async def test_a_lossy_wire_is_declared_in_the_receipt_and_used(tmp_path: Path) 
         await until(answered)
         assert again[0].usage.cached_prompt_tokens == 16 * FULL_BLOCKS
         assert (await stats(running)).read > found.read
-    finally:
-        assert stop_stack(running) == 0

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from scraping import scraped
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.client import Client, Finished, FinishReason, Tokens
 from countersign.services.protocol.commit import LogState, replay
@@ -87,10 +87,9 @@ async def told(stage: Stage, request_id: str, seed: int, hurt: int | None = None
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """They get hurt, so that the stack is this file's own."""
-    running = start_stack(tmp_path_factory.mktemp("takeover") / "data", "target.processes=2")
-    yield running
-    wake(running)
-    assert stop_stack(running) == 0
+    with running_stack(tmp_path_factory.mktemp("takeover") / "data", "target.processes=2") as running:
+        yield running
+        wake(running)
 
 
 def wake(running: Running) -> None:
@@ -99,15 +98,18 @@ def wake(running: Running) -> None:
         child.resume()
 
 
+@asynccontextmanager
+async def watched(running: Running) -> AsyncIterator[Stage]:
+    async with await Bus.connect(running.nats, "test") as bus, Registry(bus) as registry:
+        yield Stage(running, Journal(bus), registry)
+
+
 @pytest.fixture
 async def stage(running: Running) -> AsyncIterator[Stage]:
     wake(running)
-    bus = await Bus.connect(running.nats, "test")
-    async with Registry(bus) as registry:
-        stage = Stage(running, Journal(bus), registry)
+    async with watched(running) as stage:
         await stage.complete()
         yield stage
-    await bus.close()
 
 
 @pytest.mark.parametrize("hurt", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM], ids=lambda number: number.name)
@@ -184,25 +186,21 @@ async def test_a_request_past_its_deadline_is_closed_though_its_target_hangs(sta
 
 
 async def test_a_request_that_everybody_has_left_is_still_answered(tmp_path: Path) -> None:
-    running = start_stack(tmp_path / "data")  # its router comes back at another address
-    bus = await Bus.connect(running.nats, "test")
-    async with Registry(bus) as registry, Client(running.router, reconnects=0) as client:
-        stage = Stage(running, Journal(bus), registry)
-        with suppress(CountersignError):
-            async for event in client.generate(
-                PROMPT, request_id="left", max_tokens=LENGTH, ignore_eos=True, seed=8, on_disconnect="continue"
-            ):
-                if isinstance(event, Tokens):
-                    for pid in {one.pid for kind in ("router", "target") for one in registry.live(kind)}:
-                        with suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
-        assert (await stage.log("left")).closed is None
-        async with asyncio.timeout(60):
-            while (await stage.log("left")).closed is None:  # noqa: ASYNC110  nobody follows it who could be asked
-                await asyncio.sleep(0.1)
-        assert len((await stage.log("left")).token_ids) == LENGTH
-    await bus.close()
-    assert stop_stack(running) == 0
+    with running_stack(tmp_path / "data") as running:  # its router comes back at another address
+        async with watched(running) as stage, Client(running.router, reconnects=0) as client:
+            with suppress(CountersignError):
+                async for event in client.generate(
+                    PROMPT, request_id="left", max_tokens=LENGTH, ignore_eos=True, seed=8, on_disconnect="continue"
+                ):
+                    if isinstance(event, Tokens):
+                        for pid in {one.pid for kind in ("router", "target") for one in stage.registry.live(kind)}:
+                            with suppress(ProcessLookupError):
+                                os.kill(pid, signal.SIGKILL)
+            assert (await stage.log("left")).closed is None
+            async with asyncio.timeout(60):
+                while (await stage.log("left")).closed is None:  # noqa: ASYNC110  nobody follows it who could be asked
+                    await asyncio.sleep(0.1)
+            assert len((await stage.log("left")).token_ids) == LENGTH
 
 
 async def test_operators_see_take_overs_and_the_appends_that_a_fenced_target_still_tries(stage: Stage) -> None:
@@ -237,33 +235,30 @@ def another_target(running: Running, *settings: str) -> Iterator[None]:
 
 
 async def test_nobody_who_computes_otherwise_takes_an_answer_over(tmp_path: Path, demo_models: dict[str, Path]) -> None:
-    running = start_stack(tmp_path / "data")
-    bus = await Bus.connect(running.nats, "test")
-    async with Registry(bus) as registry:
-        stage = Stage(running, Journal(bus), registry)
-        begun = asyncio.create_task(told(stage, "begun", seed=5, hurt=signal.SIGSTOP))
-        async with asyncio.timeout(60):
-            while not (await stage.log("begun")).token_ids:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        hanging = await stage.owner("begun")
-        with another_target(running, "target.dtype=bf16"):
+    with running_stack(tmp_path / "data") as running:
+        async with watched(running) as stage, asyncio.TaskGroup() as tasks:
+            begun = tasks.create_task(told(stage, "begun", seed=5, hurt=signal.SIGSTOP))
             async with asyncio.timeout(60):
-                while "bf16" not in {target.model.dtype for target in registry.live("target")}:  # noqa: ASYNC110
-                    await asyncio.sleep(0.1)
-            # One that nobody has begun goes to who is there; the other waits for its like.
-            other = await told(stage, "other", seed=6)
-            os.kill(hanging, signal.SIGKILL)
-            answers = {"begun": await begun, "other": other}
+                while not (await stage.log("begun")).token_ids:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            hanging = await stage.owner("begun")
+            with another_target(running, "target.dtype=bf16"):
+                async with asyncio.timeout(60):
+                    while {target.model.dtype for target in stage.registry.live("target")} != {"bf16"}:  # noqa: ASYNC110
+                        await asyncio.sleep(0.1)
+                # One that nobody has begun goes to who is there; the other waits for its like.
+                other = await told(stage, "other", seed=6)
+                os.kill(hanging, signal.SIGKILL)
+                answers = {"begun": await begun, "other": other}
+            logs = {request_id: await stage.log(request_id) for request_id in answers}
+    assert logs["begun"].epoch > 1
     for request_id, dtype in (("begun", "fp32"), ("other", "bf16")):
-        log, receipt = await stage.log(request_id), answers[request_id].finished.receipt
+        log, receipt = logs[request_id], answers[request_id].finished.receipt
         assert log.arithmetic == str(arithmetic_of(parse(receipt).receipt))
         assert log.arithmetic.endswith(dtype)
-        assert (log.epoch > 1) == (request_id == "begun")
         report = audit(
             receipt,
             trusted_keys=[load_public(running.data_dir / "keys" / "receipts.pub")],
             reference=partial(load_reference, demo_models["target"]),
         )
         assert report.verdict == "pass", report
-    await bus.close()
-    assert stop_stack(running) == 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 from collector import Collector, Seen, http_collector
-from stacks import Running, start_stack, stop_stack
+from stacks import Running, running_stack
 
 from countersign.client import Accepted, Client, Finished, Tokens
 from countersign.services.protocol.commit import replay
@@ -41,8 +41,9 @@ class House:
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """Two targets that sample with another seed than they sign for; all is audited, nothing is sampled; over HTTP."""
-    with http_collector() as found:
-        stack = start_stack(
+    with (
+        http_collector() as found,
+        running_stack(
             tmp_path_factory.mktemp("sampling") / "stack",
             f"telemetry.otlp_endpoint={found.endpoint}",
             "telemetry.otlp_protocol=http",
@@ -50,11 +51,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
             "auditor.share=1",
             "target.processes=2",
             "target.fault=seed",
-        )
-        try:
-            yield House(stack, found)
-        finally:
-            assert stop_stack(stack) == 0
+        ) as stack,
+    ):
+        yield House(stack, found)
 
 
 async def test_what_goes_well_is_not_exported(house: House) -> None:
@@ -103,13 +102,7 @@ async def test_a_take_over_is_kept(house: House) -> None:
 
 async def _kill_target_of(house: House, request_id: str) -> None:
     """SIGKILL for the target that works on the request, by its log."""
-    bus = await Bus.connect(house.stack.nats, "test")
-    registry = Registry(bus)
-    await registry.start()
-    try:
+    async with await Bus.connect(house.stack.nats, "test") as bus, Registry(bus) as registry:
         log = replay(request_id, await Journal(bus).read(commit_subject(request_id)))
         (pid,) = [target.pid for target in registry.live("target") if target.instance == log.instance]
         os.kill(pid, signal.SIGKILL)
-    finally:
-        await registry.stop()
-        await bus.close()

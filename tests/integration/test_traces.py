@@ -17,7 +17,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import StatusCode
-from stacks import start_stack, stop_stack
+from stacks import running_stack
 
 from countersign.client import Client
 from countersign.services.runtime.errors import NotFound
@@ -56,15 +56,12 @@ def kind_of(number: int) -> Kind:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     with collector() as found:
         folder = tmp_path_factory.mktemp("traces") / "stack"
-        stack = start_stack(folder, f"telemetry.otlp_endpoint={found.endpoint}", "auditor.share=0.1")
         provider = TracerProvider(resource=Resource.create({"service.name": "client"}))
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=found.endpoint)))
-        try:
+        with running_stack(folder, f"telemetry.otlp_endpoint={found.endpoint}", "auditor.share=0.1") as stack:
             kinds, receipts = asyncio.run(_all(stack.router, provider))
             found.awaits("audit", {names.VERDICT: "pass"})
-        finally:
-            assert stop_stack(stack) == 0
-            provider.shutdown()
+        provider.shutdown()
         yield Run(kinds, receipts, found.settled(quiet_s=0.5), found)
 
 
@@ -184,14 +181,11 @@ def test_the_folder_holds_no_spans_where_a_collector_has_them(
 
 
 async def test_a_collector_that_is_down_harms_nothing(tmp_path: Path) -> None:
-    stack = start_stack(tmp_path / "stack", "telemetry.otlp_endpoint=http://127.0.0.1:1")
-    try:
+    with running_stack(tmp_path / "stack", "telemetry.otlp_endpoint=http://127.0.0.1:1") as stack:
         async with Client(stack.router) as client:
             answers = await asyncio.gather(*(client.complete("def f(", max_tokens=8) for _ in range(40)))
         assert all(answer.receipt for answer in answers)
         await asyncio.sleep(4)  # several exports fail
-    finally:
-        assert stop_stack(stack) == 0
     for log in (tmp_path / "stack" / "logs").glob("*.log"):
         told = [line for line in log.read_text().splitlines() if "xport" in line]
         assert len(told) <= 4, told

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from countersign.services.runtime.errors import CountersignError
 from countersign.services.runtime.stack import read_stack
 
 START_S = 180.0
+STOP_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +32,18 @@ class Running:
     process: subprocess.Popen[bytes]
 
 
-def start_stack(data_dir: Path, *settings: str) -> Running:
-    """`countersign up` on free ports, healthy."""
+@contextmanager
+def running_stack(data_dir: Path, *settings: str) -> Iterator[Running]:
+    """`countersign up` on free ports, healthy; stopped at the end, as it should be, whatever happened to the test."""
+    running = _start(data_dir, *settings)
+    try:
+        yield running
+    finally:
+        code = _stop(running)
+    assert code == 0
+
+
+def _start(data_dir: Path, *settings: str) -> Running:
     options = [item for setting in (*FREE_PORTS, *settings) for item in ("--set", setting)]
     command = [str(Path(sys.executable).parent / "countersign"), "up", "--data-dir", str(data_dir), *options]
     log = data_dir.parent / f"{data_dir.name}.up.log"
@@ -49,7 +62,10 @@ def start_stack(data_dir: Path, *settings: str) -> Running:
     pytest.fail(f"the stack did not start:\n{log.read_text()}")
 
 
-def stop_stack(running: Running) -> int:
-    """Ask it to stop as Ctrl-C does; its exit code."""
+def _stop(running: Running) -> int:
+    """Ask it to stop as Ctrl-C does; its exit code. One that does not within half a minute is killed."""
     running.process.send_signal(signal.SIGINT)
-    return running.process.wait(30)
+    try:
+        return running.process.wait(STOP_S)
+    finally:
+        running.process.kill()
