@@ -1,21 +1,27 @@
-"""What telemetry costs: whole stacks with all of it and with none, in turns.
+"""What telemetry costs: stacks whose processes have all of it and none, in turns.
 
 All of it: spans (kept on this machine, as by default, or sent to a collector that does not answer) and metrics, which
-somebody reads from every process each 5 seconds. None: neither.
+somebody reads from every process each 5 seconds. None: neither. It is switched in one and the same stack
+(programs/switchable_service.py): two that should be equal differ by a twentieth for as long as they run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import statistics
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
 
 import aiohttp
+import psutil
 
 from countersign.cli.bench import Row, stack_config
 from countersign.cli.prompts import heldout_prompts
@@ -25,142 +31,171 @@ from countersign.services.runtime.bus import Bus
 from countersign.services.runtime.registry import Registry
 from countersign.services.runtime.supervisor import SERVICES, Supervisor
 
-NONE = ("telemetry.spans=false", "telemetry.metrics=false")
+PROGRAM = Path(__file__).parent / "programs" / "switchable_service.py"
 # Nobody listens there: reserved, and refused at once.
 DOWN = ("telemetry.otlp_endpoint=http://127.0.0.1:1",)
 # As infra/prometheus does.
 SCRAPE_S = 5.0
-SETTLE_S = 1.0
-# Two equal stacks differ by up to a twentieth for as long as they run, the one that started first more often for the
-# worse: many pairs are started, each in the other order than the one before.
-PAIRS = 6
-TURNS = 3
-ANSWERS = 96
-FIRST_TOKENS = 150
-FIRST_WARM = 5
+# Spans are written each second: what is still to be written must not slow the next turn.
+SETTLE_S = 1.3
+SWITCH_S = 0.05
+STACKS = 4
+TURNS = 6
+ANSWERS = 160
+FIRST_TURNS = 8
+FIRST_TOKENS = 30
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """Two stacks that differ in their telemetry."""
+class Stage:
+    """One stack, whose telemetry can be on or off."""
 
-    on: Supervisor
-    off: Supervisor
+    stack: Supervisor
     prompts: Sequence[str]
+    read: asyncio.Event  # set: its metrics are read
+
+    async def switch(self, on: bool) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGUSR1 if on else signal.SIGUSR2)
+        (self.read.set if on else self.read.clear)()
+        await asyncio.sleep(SWITCH_S)
+
+    @property
+    def pids(self) -> list[int]:
+        return [pid for name in SERVICES if (pid := self.stack.pid(name)) is not None]
+
+    def processor_s(self) -> float:
+        """Used by all processes until now."""
+        used = [psutil.Process(pid).cpu_times() for pid in self.pids]
+        return sum(each.user + each.system for each in used)
+
+    def resident(self) -> int:
+        """Bytes of all processes."""
+        return sum(psutil.Process(pid).memory_info().rss for pid in self.pids)
+
+
+@dataclass(slots=True)
+class Costs:
+    """What the turns with telemetry took, over those without."""
+
+    speeds: list[float] = field(default_factory=list)  # tokens a second, with
+    slower: list[float] = field(default_factory=list)  # shares of throughput, a pair of turns each
+    busier: list[float] = field(default_factory=list)  # shares of the processor's time
+    grown: list[int] = field(default_factory=list)  # bytes, a stack each
 
 
 async def run(quick: bool) -> list[Row]:
     """Throughput at 16 streams, time to the first token, and a collector that is down."""
-    pairs, turns, answers, firsts = (2, 1, 16, 10) if quick else (PAIRS, TURNS, ANSWERS, FIRST_TOKENS)
-    speeds, took = list[tuple[float, float]](), list[tuple[float, float]]()
-    for number in range(pairs):
-        async with _pair((), on_first=number % 2 == 0) as pair:
-            speeds += await _throughput(pair, turns, answers)
-            took += await _first_tokens(pair, firsts)
-    rows = _throughput_rows(f"spans kept here, {pairs} pairs of stacks", answers, speeds)
-    rows += _first_token_rows(f"spans kept here, {pairs} pairs of stacks", took)
-    down, grown = list[tuple[float, float]](), list[int]()
-    for number in range(pairs // 2):
-        async with _pair(DOWN, on_first=number % 2 == 0) as pair:
-            before = _resident(pair.on), _resident(pair.off)
-            down += await _throughput(pair, turns, answers)
-            grown.append(_growth(pair, before))
-    rows += _throughput_rows(f"collector down, {pairs // 2} pairs of stacks", answers, down)
-    rows.append(_growth_row((turns + 1) * answers, grown))
-    return rows
+    stacks, turns, answers = (1, 1, 16) if quick else (STACKS, TURNS, ANSWERS)
+    first_turns, firsts = (1, 10) if quick else (FIRST_TURNS, FIRST_TOKENS)
+    costs, down, first, later = Costs(), Costs(), list[float](), list[float]()
+    for _ in range(stacks):
+        async with _stage() as stage:
+            await _throughput(stage, turns, answers, costs)
+            one, other = await _first_tokens(stage, first_turns, firsts)
+            first += one
+            later += other
+    for _ in range((stacks + 1) // 2):
+        async with _stage(*DOWN) as stage:
+            await _throughput(stage, turns, answers, down)
+    rows = _throughput_rows(f"spans kept here, {stacks} stacks", answers, costs)
+    rows += _first_token_rows(f"{firsts} each turn, {stacks} stacks", first, later)
+    rows += _throughput_rows(f"collector down, {len(down.grown)} stacks", answers, down)
+    metric = f"memory of all processes after {turns * answers} answers, worst"
+    return [*rows, Row("observe", "collector down", metric, max(down.grown) / 2**20, "MiB", len(down.grown))]
 
 
 @asynccontextmanager
-async def _pair(settings: Sequence[str], *, on_first: bool) -> AsyncIterator[Pair]:
-    with tempfile.TemporaryDirectory() as told, tempfile.TemporaryDirectory() as silent:
-        on, off = stack_config(told, *settings), stack_config(silent, *NONE)
-        prompts = [prompt.text for prompt in heldout_prompts(on.target.model.parent, 16)]
-        async with Supervisor(on if on_first else off) as first, Supervisor(off if on_first else on) as second:
-            one, other = (first, second) if on_first else (second, first)
-            reading = asyncio.create_task(_read_metrics(one.nats_url))
+async def _stage(*settings: str) -> AsyncIterator[Stage]:
+    with tempfile.TemporaryDirectory() as folder:
+        config = stack_config(folder, *settings)
+        prompts = [prompt.text for prompt in heldout_prompts(config.target.model.parent, 16)]
+        services = {name: [sys.executable, "-P", str(PROGRAM), name] for name in SERVICES}
+        async with Supervisor(config, services=services) as stack:
+            stage = Stage(stack, prompts, asyncio.Event())
+            reading = asyncio.create_task(_read_metrics(stage))
             try:
-                yield Pair(one, other, prompts)
+                yield stage
             finally:
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
 
 
-async def _read_metrics(nats: str) -> None:
+async def _read_metrics(stage: Stage) -> None:
     """As Prometheus does."""
-    bus = await Bus.connect(nats, "bench")
-    registry = Registry(bus)
-    await registry.start()
-    try:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(SCRAPE_S)) as session:
-            while True:
-                for name in SERVICES:
-                    for instance in registry.live(name):
-                        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                            async with session.get(f"http://{instance.metrics_address}/metrics") as reply:
-                                await reply.read()
-                await asyncio.sleep(SCRAPE_S)
-    finally:
-        await registry.stop()
-        await bus.close()
+    async with (
+        await Bus.connect(stage.stack.nats_url, "bench") as bus,
+        Registry(bus) as registry,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(SCRAPE_S)) as session,
+    ):
+        while await stage.read.wait():
+            for instance in registry.everybody():
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                    async with session.get(f"http://{instance.metrics_address}/metrics") as reply:
+                        await reply.read()
+            await asyncio.sleep(SCRAPE_S)
 
 
-async def _throughput(pair: Pair, turns: int, answers: int) -> list[tuple[float, float]]:
-    """Tokens a second with telemetry and without, turn by turn."""
-    speeds: dict[bool, list[float]] = {True: [], False: []}
+async def _throughput(stage: Stage, turns: int, answers: int, costs: Costs) -> None:
+    """Turn by turn. Processor's time goes on until all spans are written."""
+    grown = 0
     for turn in range(turns + 1):
+        speed, used = dict[bool, float](), dict[bool, float]()
         for on in (True, False) if turn % 2 else (False, True):
-            stack = pair.on if on else pair.off
-            speed = await throughput(stack.router_address, pair.prompts, answers)
-            await asyncio.sleep(SETTLE_S)  # what is still to be written must not slow the other
-            if turn:  # the first warms up
-                speeds[on].append(speed)
-    return list(zip(speeds[True], speeds[False], strict=True))
+            await stage.switch(on)
+            before, size = stage.processor_s(), stage.resident()
+            speed[on] = await throughput(stage.stack.router_address, stage.prompts, answers)
+            await asyncio.sleep(SETTLE_S)
+            used[on] = stage.processor_s() - before
+            grown += stage.resident() - size if on and turn else 0
+        if turn:  # the first warms up
+            costs.speeds.append(speed[True])
+            costs.slower.append(1 - speed[True] / speed[False])
+            costs.busier.append(used[True] / used[False] - 1)
+    costs.grown.append(grown)
 
 
-def _throughput_rows(case: str, answers: int, speeds: Sequence[tuple[float, float]]) -> list[Row]:
-    cost = 1 - statistics.median(one / other for one, other in speeds)
-    what = f"16 streams, {answers} answers of 64 tokens, metrics read each 5 seconds, {case}"
-    speed, turns = statistics.median(one for one, _ in speeds), len(speeds)
+def _throughput_rows(case: str, answers: int, costs: Costs) -> list[Row]:
+    what = f"16 streams, {answers} answers of 64 tokens, metrics read each 5 seconds, {case}, on and off in turns"
+    cost, turns = statistics.fmean(costs.slower), len(costs.slower)
+    speed, busier = statistics.median(costs.speeds), statistics.fmean(costs.busier)
     return [
         Row("observe", what, "throughput", speed, "tokens/s", turns, peer="no telemetry", ratio=1 - cost),
         Row("observe", what, "throughput that telemetry takes", cost, "share", turns, "<= 0.03", cost <= 0.03),
+        Row("observe", what, "its standard error", _error(costs.slower), "share", turns),
+        Row("observe", what, "processor's time that telemetry takes", busier, "share", turns),
+        Row("observe", what, "its standard error", _error(costs.busier), "share", turns),
     ]
 
 
-async def _first_tokens(pair: Pair, count: int) -> list[tuple[float, float]]:
-    """Seconds with telemetry and without: one request at a time, at one stack and then at the other. Of short prompts,
-    whose first token comes soon, so that what comes on top of it is seen.
+async def _first_tokens(stage: Stage, turns: int, count: int) -> tuple[list[float], list[float]]:
+    """Medians of seconds with telemetry, and by how much they are more than without, turn by turn. One request at a
+    time, of short prompts, whose first token comes soon, so that what comes on top of it is seen.
     """
-    took: dict[bool, list[float]] = {True: [], False: []}
-    async with Client(pair.on.router_address) as one, Client(pair.off.router_address) as other:
-        for number in range(count + FIRST_WARM):
-            for on in (True, False) if number % 2 else (False, True):
-                took[on].append(await first_token_s(one if on else other, f"# {number}\ndef f("))
-    return list(zip(took[True], took[False], strict=True))[FIRST_WARM:]
+    with_, more = list[float](), list[float]()
+    async with Client(stage.stack.router_address) as client:
+        for turn in range(turns + 1):
+            took = dict[bool, float]()
+            for on in (True, False) if turn % 2 else (False, True):
+                await stage.switch(on)
+                prompts = [f"# {turn} {number} {on:d}\ndef f(" for number in range(count)]
+                took[on] = statistics.median([await first_token_s(client, prompt) for prompt in prompts])
+                await asyncio.sleep(SETTLE_S)
+            if turn:
+                with_.append(took[True])
+                more.append(took[True] - took[False])
+    return with_, more
 
 
-def _first_token_rows(where: str, took: Sequence[tuple[float, float]]) -> list[Row]:
-    more = 1e3 * statistics.median(with_ - without for with_, without in took)
-    case = f"short prompts one at a time, {where}"
-    first = 1e3 * statistics.median(with_ for with_, _ in took)
+def _first_token_rows(where: str, took: Sequence[float], later: Sequence[float]) -> list[Row]:
+    more, turns = 1e3 * statistics.fmean(later), len(later)
+    case = f"short prompts one at a time, spans kept here, {where}, on and off in turns"
     return [
-        Row("observe", case, "time to first token, median", first, "ms", len(took)),
-        Row("observe", case, "time to first token that telemetry adds", more, "ms", len(took), "<= 0.2", more <= 0.2),
+        Row("observe", case, "time to first token, median", 1e3 * statistics.median(took), "ms", turns),
+        Row("observe", case, "time to first token that telemetry adds", more, "ms", turns, "<= 0.2", more <= 0.2),
+        Row("observe", case, "its standard error", 1e3 * _error(later), "ms", turns),
     ]
 
 
-def _growth(pair: Pair, before: tuple[int, int]) -> int:
-    """Bytes that the stack took while the collector was down, beyond what the other took for the same answers."""
-    return (_resident(pair.on) - before[0]) - (_resident(pair.off) - before[1])
-
-
-def _growth_row(answers: int, grown: Sequence[int]) -> Row:
-    metric, most = f"memory of all processes after {answers} answers, worst", max(grown) / 2**20
-    return Row("observe", "collector down", metric, most, "MiB", len(grown))
-
-
-def _resident(stack: Supervisor) -> int:
-    """Bytes, of a kernel that tells (Linux)."""
-    pids = [pid for name in SERVICES if (pid := stack.pid(name)) is not None]
-    lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+def _error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
