@@ -81,7 +81,7 @@ class Costs:
     speeds: list[float] = field(default_factory=list)  # tokens a second, with
     slower: list[float] = field(default_factory=list)  # shares of throughput, a pair of turns each
     busier: list[float] = field(default_factory=list)  # shares of the processor's time
-    grown: list[int] = field(default_factory=list)  # bytes, a stack each
+    grown: list[int] = field(default_factory=list)  # bytes of all processes, a stack each
 
 
 async def run(quick: bool) -> list[Row]:
@@ -90,23 +90,23 @@ async def run(quick: bool) -> list[Row]:
     first_turns, firsts = (1, 10) if quick else (FIRST_TURNS, FIRST_TOKENS)
     costs, down, first, later = Costs(), Costs(), list[float](), list[float]()
     for _ in range(stacks):
-        async with _stage() as stage:
+        async with staged() as stage:
             await _throughput(stage, turns, answers, costs)
             one, other = await _first_tokens(stage, first_turns, firsts)
             first += one
             later += other
     for _ in range((stacks + 1) // 2):
-        async with _stage(*DOWN) as stage:
+        async with staged(*DOWN) as stage:
             await _throughput(stage, turns, answers, down)
     rows = _throughput_rows(f"spans kept here, {stacks} stacks", answers, costs)
     rows += _first_token_rows(f"{firsts} each turn, {stacks} stacks", first, later)
     rows += _throughput_rows(f"collector down, {len(down.grown)} stacks", answers, down)
-    metric = f"memory of all processes after {turns * answers} answers, worst"
+    metric = f"memory that {turns * answers} answers take, beyond as many without telemetry, worst"
     return [*rows, Row("observe", "collector down", metric, max(down.grown) / 2**20, "MiB", len(down.grown))]
 
 
 @asynccontextmanager
-async def _stage(*settings: str) -> AsyncIterator[Stage]:
+async def staged(*settings: str) -> AsyncIterator[Stage]:
     with tempfile.TemporaryDirectory() as folder:
         config = stack_config(folder, *settings)
         prompts = [prompt.text for prompt in heldout_prompts(config.target.model.parent, 16)]
@@ -147,7 +147,8 @@ async def _throughput(stage: Stage, turns: int, answers: int, costs: Costs) -> N
             speed[on] = await throughput(stage.stack.router_address, stage.prompts, answers)
             await asyncio.sleep(SETTLE_S)
             used[on] = stage.processor_s() - before
-            grown += stage.resident() - size if on and turn else 0
+            if turn:
+                grown += (stage.resident() - size) * (1 if on else -1)
         if turn:  # the first warms up
             costs.speeds.append(speed[True])
             costs.slower.append(1 - speed[True] / speed[False])
