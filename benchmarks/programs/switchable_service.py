@@ -9,6 +9,7 @@ from __future__ import annotations
 import runpy
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from opentelemetry.trace import INVALID_SPAN, Span
@@ -25,20 +26,22 @@ def _nothing(*_: object, **__: object) -> None:
     pass
 
 
-def _methods() -> list[tuple[type, str, Any, Any]]:
-    """Class, name, what it does, and what it does while telemetry is off."""
-    off = {(RecordingTracer, "start_span"): _no_span, (RecordingTracer, "start_below"): _no_span}
-    silent = {(SumCounter, "add"): _nothing, (BucketHistogram, "record"): _nothing}
-    return [(owner, name, getattr(owner, name), other) for (owner, name), other in [*off.items(), *silent.items()]]
+# What each does while telemetry is off.
+OFF: list[tuple[type, str, Callable[..., Any]]] = [
+    (RecordingTracer, "start_span", _no_span),
+    (RecordingTracer, "start_below", _no_span),
+    (SumCounter, "add", _nothing),
+    (BucketHistogram, "record", _nothing),
+]
 
 
 def main() -> None:
     """Run the service that the first argument names."""
-    methods = _methods()
+    on = [(owner, name, getattr(owner, name)) for owner, name, _ in OFF]
 
     def switch(number: int, _: object) -> None:
-        for owner, name, does, other in methods:
-            setattr(owner, name, does if number == signal.SIGUSR1 else other)
+        for owner, name, does in on if number == signal.SIGUSR1 else OFF:
+            setattr(owner, name, does)
 
     signal.signal(signal.SIGUSR1, switch)
     signal.signal(signal.SIGUSR2, switch)

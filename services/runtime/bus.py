@@ -15,8 +15,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from types import TracebackType
-from typing import Self
 
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
@@ -29,6 +27,7 @@ from nats.js import JetStreamContext
 from opentelemetry.trace import TracerProvider
 
 from countersign.services.runtime.call import M, Method, parse_reply
+from countersign.services.runtime.closing import Closing
 from countersign.services.runtime.dispatch import DEADLINE_HEADER, STATUS_ERROR, STATUS_HEADER, Dispatcher, Limits
 from countersign.services.runtime.errors import (
     CountersignError,
@@ -52,7 +51,7 @@ _CLOSING_ERRORS = (TimeoutError, NatsError, OSError, TypeError)
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-class Bus:
+class Bus(Closing):
     """One connection to NATS. Made by `connect`; closed by `close`, or by ``async with``."""
 
     def __init__(self, url: str, provider: TracerProvider | None) -> None:
@@ -129,14 +128,6 @@ class Bus:
             _log.warning("the bus closes with messages unsent", extra={"error": repr(error)})
             await self._abandon()
         await self._on_close()  # nats-py leaves it out when the last bytes meet a broken connection
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def _abandon(self) -> None:
         with suppress(*_CLOSING_ERRORS):

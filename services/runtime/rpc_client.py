@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -14,6 +12,7 @@ from google.rpc import status_pb2
 from opentelemetry.trace import TracerProvider
 
 from countersign.services.runtime.call import M, parse_reply
+from countersign.services.runtime.closing import Closing
 from countersign.services.runtime.errors import CountersignError, DeadlineExceeded, Unavailable
 from countersign.services.runtime.telemetry import tracing
 from countersign.services.runtime.telemetry.tracing import Lasted
@@ -42,7 +41,7 @@ _WRITE_FAILED = "Internal error from Core"
 _Headers = tuple[tuple[str, str], ...]
 
 
-class Channel:
+class Channel(Closing):
     """A connection to one server, made when first needed and again when it breaks.
 
     Method paths are ``/countersign.v1.TokenizerService/Encode``. Every call raises, besides what the server answers:
@@ -106,14 +105,6 @@ class Channel:
     async def close(self) -> None:
         """Cancel what is under way and disconnect."""
         await self._channel.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
 
     @contextmanager
     def _calling(self, method_path: str, timeout: float, lasted: Lasted | None = None) -> Iterator[_Headers]:

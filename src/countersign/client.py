@@ -15,8 +15,7 @@ import secrets
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from itertools import count
-from types import TracebackType
-from typing import Literal, Self, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind
@@ -39,6 +38,7 @@ from countersign.events import (
     info_from_wire,
     reason_from_wire,
 )
+from countersign.services.runtime.closing import Closing
 from countersign.services.runtime.errors import DataLoss, Unavailable
 from countersign.services.runtime.rpc import Channel
 from countersign.services.runtime.telemetry import attributes as names
@@ -104,7 +104,7 @@ class GenerateOptions(TypedDict, total=False):
     tenant: str
 
 
-class Client:
+class Client(Closing):
     """A connection to one router.
 
     Args:
@@ -124,14 +124,6 @@ class Client:
         self._address = address
         self._reconnects = reconnects
         self._tracer = tracing.tracer(tracer_provider)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def close(self) -> None:
         await self._channel.close()

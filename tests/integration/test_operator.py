@@ -24,7 +24,7 @@ from stacks import Running, running_stack
 from countersign.client import Answer, Client
 
 COMMAND = str(Path(sys.executable).parent / "countersign")
-WITHIN_S = 120
+WITHIN_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,13 @@ def answers(stack: Running) -> list[Answer]:
     return found
 
 
+def ran(stack: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [COMMAND, *arguments, "--data-dir", str(stack.data_dir)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=WITHIN_S)
+
+
 def countersign(stack: Running, *arguments: str, code: int = 0) -> str:
-    options = ["--data-dir", str(stack.data_dir)]
-    done = subprocess.run(
-        [COMMAND, *arguments, *options], capture_output=True, text=True, check=False, timeout=WITHIN_S
-    )
+    done = ran(stack, *arguments)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
@@ -69,8 +71,7 @@ def told(stack: Running, *arguments: str, code: int = 0) -> Any:
 
 def traced(stack: Running, request_id: str) -> bool:
     """Whether each has written its spans of a request, the auditor too."""
-    command = [COMMAND, "trace", request_id, "--json", "--data-dir", str(stack.data_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WITHIN_S)
+    done = ran(stack, "trace", request_id, "--json")
     found = json.loads(done.stdout) if done.returncode == 0 else {"spans": [], "later": []}
     services = {span["service"] for span in found["spans"]}
     return {"router", "tokenizer", "target"} <= services and "audit" in {span["name"] for span in found["later"]}

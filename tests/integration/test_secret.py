@@ -108,7 +108,7 @@ async def run(folder: Path) -> Asked:
         await asyncio.gather(
             asked.ask(client, "drafted", max_tokens=120),
             asked.ask(client, "drawn", max_tokens=60, temperature=0.9, drafting="off"),
-            asked.ask(client, "late", max_tokens=1800, timeout=1.5),
+            asked.ask(client, "late", max_tokens=1500, timeout=0.6),
             asked.ask(client, "left", max_tokens=1500, meanwhile=leave),
         )
         await asked.ask(client, "cached", max_tokens=40)
