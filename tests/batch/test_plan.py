@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from random import Random
 
 import pytest
-from hypothesis import event, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from countersign.batch.admission import Admission
@@ -17,10 +17,10 @@ PAGE = 16
 
 
 @st.composite
-def nested(draw: st.DrawFn) -> list[list[int]]:
+def nested(draw: st.DrawFn, most: int = 12) -> list[list[int]]:
     """Prompts that are grown from each other: long common beginnings, twins, and one inside another."""
     prompts: list[list[int]] = []
-    for number in range(draw(st.integers(1, 12))):
+    for number in range(draw(st.integers(1, most))):
         base = draw(st.sampled_from([[], *prompts]))
         kept = base[: draw(st.integers(0, len(base)))]
         own = draw(st.integers(0, 40)) if kept else draw(st.integers(1, 40))
@@ -81,29 +81,42 @@ def test_each_node_holds_just_those_that_share_its_prefix(prompts: list[list[int
         assert tree.nodes[deepest[place]] == max(around, key=lambda node: (node.depth, node.first - node.end))
 
 
-def best(ordered: Sequence[Sequence[int]]) -> int:
-    """The most that groups of neighbours can save, each by one prefix, tried out."""
-    saved = [0] * (len(ordered) + 1)
-    for end in range(1, len(ordered) + 1):
-        saved[end] = max(
-            saved[first] + (end - first - 1) * shareable(common(ordered[first:end])) for first in range(end)
-        )
+def best(prompts: Sequence[Sequence[int]]) -> int:
+    """The most that groups of one prefix each can save: all ways to part the prompts are tried."""
+    shared = [
+        shareable(common([p for i, p in enumerate(prompts) if part >> i & 1])) for part in range(1, 1 << len(prompts))
+    ]
+    saved = [0]
+    for left in range(1, 1 << len(prompts)):
+        first, part, most = left & -left, left, 0
+        while part:
+            if part & first:
+                most = max(most, (part.bit_count() - 1) * shared[part - 1] + saved[left ^ part])
+            part = (part - 1) & left
+        saved.append(most)
     return saved[-1]
 
 
 @given(jobs_of)
-def test_the_groups_save_as_much_as_any_groups_of_one_prefix_could(jobs: list[Job]) -> None:
+def test_each_job_is_in_one_group_whose_prefix_it_has(jobs: list[Job]) -> None:
     plan = plan_batch(jobs)
     assert sorted(plan.order) == list(range(len(jobs)))
-    assert [job for group in plan.groups for job in group.jobs] == list(plan.order)
+    assert sorted(job for group in plan.groups for job in group.jobs) == list(range(len(jobs)))
     for group in plan.groups:
         prompts = [jobs[job].token_ids for job in group.jobs]
+        assert list(group.jobs) == sorted(group.jobs, key=plan.order.index)
         assert group.prefix % PAGE == 0
         assert len(prompts) == 1 if group.prefix == 0 else group.prefix <= common(prompts)
     assert plan.saved == sum((len(group.jobs) - 1) * group.prefix for group in plan.groups)
-    assert plan.saved == best(sorted(list(job.token_ids) for job in jobs))
     assert plan.saved <= plan.tree.prompt_tokens - plan.tree.distinct_tokens
     event(f"groups: {min(len(plan.groups), 4)}")
+
+
+@given(nested(most=7))
+@example([[1] * 16] * 2 + [[1] * 16 + [2] * 32] * 2)
+@example([[1] * 16 + [token] * 16 * (token > 0) for token in (0, 2, 0, 3, 0, 2, 3, 3, 2)])
+def test_no_groups_of_one_prefix_save_more(prompts: list[list[int]]) -> None:
+    assert plan_batch([Job(prompt, 1) for prompt in prompts]).saved == best(prompts)
 
 
 @given(jobs_of)

@@ -27,13 +27,17 @@ DEADLINE_S = 30
 
 @dataclass
 class Router:
-    """Tokenizes a byte a token. ``script`` says what becomes of the n-th try of a prompt; by default it is answered."""
+    """Tokenizes a byte a token. ``script`` says what becomes of the n-th try of a prompt; by default it is answered.
+    Nothing is, until ``gather`` of them were here at once.
+    """
 
     script: Callable[[bytes, int], Finished | Exception] = lambda prompt, attempt: finished()
     asked: list[tuple[bytes, int]] = field(default_factory=list)
     tries: Counter[bytes] = field(default_factory=Counter)
     flying: int = 0
     most: int = 0
+    gather: int = 1
+    gathered: asyncio.Event = field(default_factory=asyncio.Event)
     address: str = ""
     descriptor = router_pb2.DESCRIPTOR.services_by_name["RouterService"]
 
@@ -43,7 +47,10 @@ class Router:
         self.tries[prompt] += 1
         self.flying += 1
         self.most = max(self.most, self.flying)
+        if self.most >= self.gather:
+            self.gathered.set()
         try:
+            await self.gathered.wait()
             await asyncio.sleep(0.01)
             end = self.script(prompt, self.tries[prompt])
             if isinstance(end, Exception):
@@ -162,14 +169,16 @@ async def test_what_is_in_flight_follows_from_the_routers_cache_and_from_the_lim
     router: Router, tmp_path: Path
 ) -> None:
     """A cache of 20 pages: ten lines of two run, and as many wait there; of lines that share one of them, 39."""
-    await run(router, tmp_path / "a", content([f"{number:02}" + "x" * 20 for number in range(50)]))
-    assert router.most == 20
-    router.most = 0
-    await run(router, tmp_path / "b", content(["x" * 20 + f"{number:02}" for number in range(60)]))
-    assert router.most == 39
-    router.most = 0
-    await run(router, tmp_path / "c", content([f"{number:02}" + "x" * 20 for number in range(30)]), most=4)
-    assert router.most == 4
+
+    async def most(folder: str, prompts: list[str], gather: int, **options: int) -> int:
+        router.most, router.gather, router.gathered = 0, gather, asyncio.Event()
+        await run(router, tmp_path / folder, content(prompts), **options)
+        return router.most
+
+    apart = [f"{number:02}" + "x" * 20 for number in range(50)]
+    assert await most("a", apart, 20) == 20
+    assert await most("b", ["x" * 20 + f"{number:02}" for number in range(60)], 39) == 39
+    assert await most("c", apart, 4, most=4) == 4
 
 
 async def test_lines_that_begin_alike_are_asked_one_after_the_other(router: Router, tmp_path: Path) -> None:
