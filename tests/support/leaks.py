@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cbor2
+from ahocorasick_rs import BytesAhoCorasick
 
 # So many token ids in a row are not there by chance, and less than that tells nothing.
 RUN = 6
@@ -61,18 +62,18 @@ class Leaks:
     """Secrets, and where they are found."""
 
     def __init__(self, texts: Mapping[str, str], ids: Mapping[str, Sequence[int]]) -> None:
-        self._forms = {
-            f"{name} as {how}": form for name, text in texts.items() for how, form in forms_of_text(text).items()
-        }
+        forms = {f"{name} as {how}": form for name, text in texts.items() for how, form in forms_of_text(text).items()}
         for name, sequence in ids.items():
             for run in runs(sequence):
-                self._forms |= {f"ids of {name} as {how} {run}": form for how, form in forms_of_ids(run).items()}
-        if not self._forms:
+                forms |= {f"ids of {name} as {how} {run}": form for how, form in forms_of_ids(run).items()}
+        if not forms:
             raise ValueError("there is nothing to look for")
+        self._names, self._finder = list(forms), BytesAhoCorasick(list(forms.values()))
 
     def within(self, data: bytes) -> list[str]:
         """What of the secrets stands in ``data``."""
-        return [name for name, form in self._forms.items() if form in data]
+        found = {index for index, _, _ in self._finder.find_matches_as_indexes(data, overlapping=True)}
+        return [self._names[index] for index in sorted(found)]
 
     def below(self, folder: Path, exempt: Iterable[Path] = ()) -> dict[str, list[str]]:
         """By file, what of the secrets stands in it, or in its name."""
