@@ -14,7 +14,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,8 +83,10 @@ class Asked:
                 if isinstance(event, Tokens):
                     texts += [token.text for token in event.tokens]
                     ids += [token.id for token in event.tokens]
-                    if meanwhile is not None and len(ids) > 2 * RUN and not await meanwhile():
-                        break
+                    if meanwhile is not None and len(ids) > 2 * RUN:
+                        if not await meanwhile():
+                            break
+                        meanwhile = None
                 self.closed += isinstance(event, Finished)
         self.answers.append("".join(texts))
         self.ids.append(ids)
@@ -127,14 +129,11 @@ async def leave() -> bool:
 
 
 async def kill_target(request_id: str, journal: Journal, registry: Registry) -> bool:
-    """The one that has the request, the first time that this is called."""
+    """The one that has the request."""
     records = [decode(entry.data)[1] for entry in await journal.read(commit_subject(request_id))]
-    owners = [record.instance for record in records if isinstance(record, Assigned)]
-    if len(owners) == 1:
-        for each in registry.live("target"):
-            if each.instance == owners[0]:
-                with suppress(ProcessLookupError):
-                    os.kill(each.pid, signal.SIGKILL)
+    (owner,) = (record.instance for record in records if isinstance(record, Assigned))
+    (target,) = (each for each in registry.live("target") if each.instance == owner)
+    os.kill(target.pid, signal.SIGKILL)
     return True
 
 
