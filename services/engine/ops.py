@@ -19,7 +19,6 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from countersign.kernels import attention, merge, padded_attention
 from countersign.kernels.dispatch import Backend, choose
@@ -188,9 +187,7 @@ class Padded:
             v[group.tail.pieces, :, group.tail.places] = values[group.tail.pages, :, group.tail.offsets]
         scale = self._config.head_dim**-0.5
         if group.mask is None:
-            bias = causal_lower_right(queries, group.keys)
-            k, v = k[:, :, : group.keys], v[:, :, : group.keys]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
+            out = _attend_causal(q, k[:, :, : group.keys], v[:, :, : group.keys], scale)
         elif isinstance(self.paths.attention, padded_attention.Path):
             out, _ = padded_attention.attend(q, k, v, group.mask, scale=scale, path=self.paths.attention)
         else:
@@ -288,3 +285,17 @@ class _KernelLinear:
 def _in_rows(results: list[Tensor], step: Step) -> Tensor:
     result = results[0] if len(results) == 1 else torch.cat(results)
     return result if step.take is None else result.index_select(0, step.take)
+
+
+def _attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of the last rows, those of ``q``, to all before them and themselves: [B, heads, rows, head_dim]."""
+    rows, keys = q.shape[2], k.shape[2]
+    mask: Tensor | None
+    if q.is_cuda:
+        # It has kernels of its own there. It loads torch's compiler, for as long as all of the rest takes to start.
+        from torch.nn.attention.bias import causal_lower_right
+
+        mask = causal_lower_right(rows, keys)
+    else:
+        mask = None if rows == keys else torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)

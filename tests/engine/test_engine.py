@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -614,3 +616,26 @@ def test_whatever_happens_every_answer_is_right_and_every_page_comes_back(alone:
     machine = type("Machine", (EngineMachine,), {"alone": alone})
     examples = 60 if alone.model.executor.name == "native" else 15
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=30, deadline=None))
+
+
+ANSWERS = """
+import sys
+from pathlib import Path
+import countersign.services.draft.__main__
+import countersign.services.target.__main__
+from countersign.services.engine.engine import Engine, complete
+from countersign.services.engine.generation import Generation
+from countersign.services.engine.kv import PagedCache
+from countersign.services.engine.model import load_model
+for numerics in ("fast", "invariant"):
+    model = load_model(Path(sys.argv[1]), numerics=numerics)
+    engine = Engine.of(model, PagedCache(model.config, model.dtype, 512), chunk=32)
+    complete(engine, [Generation("a", [number % 90 + 5 for number in range(100)], 3)])
+print(sorted({"torch._dynamo", "sympy"} & sys.modules.keys()))
+"""
+
+
+def test_answers_need_nothing_of_torchs_compiler(demo_models: dict[str, Path]) -> None:
+    """Which would be two fifths of what a target takes to start."""
+    command = [sys.executable, "-c", ANSWERS, str(demo_models["draft"])]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"

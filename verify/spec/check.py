@@ -168,7 +168,8 @@ def _whole(one: Configuration) -> Run:
 
 def _single(one: Configuration, name: str, kind: str = SECTIONS[0]) -> Run:
     text = one.cfg.text((name,), default=kind)
-    brief = one.states < MANY and one.simulate is None
+    # Whether a behaviour is fair is known when all states are.
+    brief = one.states < (MANY if kind == SECTIONS[0] else FEW) and one.simulate is None
     return lambda progress: tlc.check(one.module, text, simulate=one.simulate, brief=brief, progress=progress)
 
 
