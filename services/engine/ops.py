@@ -292,7 +292,7 @@ def _attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     rows, keys = q.shape[2], k.shape[2]
     mask: Tensor | None
     if q.is_cuda:
-        # It has kernels of its own there. It loads torch's compiler, for as long as all of the rest takes to start.
+        # There this has kernels of its own. The module loads torch's compiler, which takes as long as torch itself.
         from torch.nn.attention.bias import causal_lower_right
 
         mask = causal_lower_right(rows, keys)
