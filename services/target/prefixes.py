@@ -28,7 +28,9 @@ from countersign.v1.kv_pb2 import (
     ReserveResponse,
 )
 
-CALL_TIMEOUT_S = 0.5
+# An answer waits for what is found, and can do without. Nothing but a prefill waits for a put to begin: that costs more
+# to give up than to wait for.
+LOOKUP_TIMEOUT_S, PUT_TIMEOUT_S = 0.5, 2.0
 TTL_MS = 30_000
 MAX_KEYS = 512
 # Stores that died, to which calls may still be under way.
@@ -101,7 +103,7 @@ class Prefixes:
             return []
         try:
             lookup = LookupRequest(keys=keys, holder=f"{self._holder}/{request_id}", ttl_ms=TTL_MS, skip=first)
-            found = await self._bus.call("kv", "Lookup", lookup, LookupResponse, timeout=CALL_TIMEOUT_S)
+            found = await self._bus.call("kv", "Lookup", lookup, LookupResponse, timeout=LOOKUP_TIMEOUT_S)
             try:
                 blocks: list[bytes] = []
                 if found.found > first:
@@ -165,7 +167,7 @@ class Prefixes:
         ]
         request = ReserveRequest(blocks=ids, holder=f"{self._holder}/{request_id}", ttl_ms=TTL_MS, kind=self._kind)
         try:
-            reserved = await self._bus.call("kv", "Reserve", request, ReserveResponse, timeout=CALL_TIMEOUT_S)
+            reserved = await self._bus.call("kv", "Reserve", request, ReserveResponse, timeout=PUT_TIMEOUT_S)
         except CountersignError as error:
             self._backoff.failed()
             self._log.warning("the kv store took nothing", extra={"request_id": request_id, "reason": error.reason})
@@ -182,7 +184,7 @@ class Prefixes:
         if any(numbers):
             request = ReleaseRequest(numbers=numbers)
             with suppress(CountersignError):
-                await self._bus.call("kv", "Release", request, ReleaseResponse, timeout=CALL_TIMEOUT_S, traced=False)
+                await self._bus.call("kv", "Release", request, ReleaseResponse, timeout=PUT_TIMEOUT_S, traced=False)
 
     async def _link(self, address: str, socket: str) -> StoreLink:
         """The store there. One that has died is let go, so that nothing keeps its memory."""

@@ -112,7 +112,7 @@ def test_each_job_is_in_one_group_whose_prefix_it_has(jobs: list[Job]) -> None:
     event(f"groups: {min(len(plan.groups), 4)}")
 
 
-@given(nested(most=7))
+@given(nested(most=9))
 @example([[1] * 16] * 2 + [[1] * 16 + [2] * 32] * 2)
 @example([[1] * 16 + [token] * 16 * (token > 0) for token in (0, 2, 0, 3, 0, 2, 3, 3, 2)])
 def test_no_groups_of_one_prefix_save_more(prompts: list[list[int]]) -> None:

@@ -22,7 +22,6 @@ from stacks import running_stack
 from countersign.client import Client
 from countersign.services.runtime.errors import NotFound
 from countersign.services.runtime.telemetry import attributes as names
-from countersign.services.runtime.telemetry.lines import parsed
 from countersign.verify.receipt import parse
 
 REQUESTS = 200
@@ -39,7 +38,6 @@ class Run:
     receipts: dict[str, bytes]
     traces: dict[bytes, list[Seen]]
     collector: Collector
-    warnings: list[str]  # what the stack's services said went wrong
 
     def of(self, *kinds: Kind) -> Iterator[tuple[str, list[Seen]]]:
         """The traces of these kinds of requests."""
@@ -66,10 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
                 found.awaits("audit", {names.VERDICT: "pass"})
         finally:
             provider.shutdown()
-        logs = "".join(file.read_text() for file in (folder / "logs").glob("*.log"))
-        lines = [parsed(line) or {} for line in logs.splitlines()]
-        warnings = [str(line["message"]) for line in lines if line.get("level") in {"warning", "error", "critical"}]
-        yield Run(kinds, receipts, found.settled(quiet_s=0.5), found, warnings)
+        yield Run(kinds, receipts, found.settled(quiet_s=0.5), found)
 
 
 async def _all(address: str, provider: TracerProvider) -> tuple[dict[str, Kind], dict[str, bytes]]:
@@ -156,15 +151,9 @@ def test_what_went_wrong_is_an_error_and_what_did_not_is_none(run: Run) -> None:
         root = roots(trace)[0]
         assert root.span.status.code == StatusCode.ERROR.value
         assert root.attributes["error.type"] == "UNKNOWN_MODEL"
-    failed = [
-        (request_id, seen.service, seen.name, seen.attributes.get("error.type"))
-        for request_id, trace in run.of("plain", "drafted", "cancelled", "deadline")
-        for seen in trace
-        if seen.span.status.code == StatusCode.ERROR.value
-    ]
-    # Where the machine stood still a call may have run out of time: then its service has said so.
-    assert len(failed) <= len(run.warnings), failed
-    assert len(run.warnings) <= REQUESTS // 20, run.warnings
+    for request_id, trace in run.of("plain", "drafted", "cancelled", "deadline"):
+        failed = [seen for seen in trace if seen.span.status.code == StatusCode.ERROR.value]
+        assert [(request_id, seen.service, seen.name, seen.attributes.get("error.type")) for seen in failed] == []
     reasons = {
         kind: {tuple(roots(trace)[0].attributes[names.FINISH_REASONS]) for _, trace in run.of(kind)}
         for kind in ("plain", "cancelled", "deadline")
